@@ -1,0 +1,94 @@
+"""The dropout list: in which order units leave the network, grown a little at the start of each epoch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.backbone import Module
+from utils import UserError
+
+from .mask_table import MaskTable
+
+# How many units a module has: d/8 dims per head each for an attention, M/32 hidden units each for an MLP.
+UNITS = {"attn": 8, "mlp": 32}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Units of one module that leave together: `dims` of its width, at `density` importance per MAC."""
+
+    key: str
+    dims: int
+    density: float
+
+
+def unit_sizes(modules: dict[str, Module]) -> dict[str, int]:
+    """Dims in a unit, for each module. Raises UserError where a width does not divide into its units."""
+    sizes = {}
+    for key, module in modules.items():
+        units = UNITS[module.kind]
+        if module.width % units:
+            name = "head_dim" if module.kind == "attn" else "hidden size"
+            raise UserError(f"{key}: {name} {module.width} does not divide into {units} units")
+        sizes[key] = module.width // units
+    return sizes
+
+
+def pool_units(importance: np.ndarray, macs: int) -> list[tuple[int, float]]:
+    """Orders one module's units for leaving: [(number of units, density), ...] from tail to head.
+
+    importance: (units,), head to tail; macs: MACs of one unit. A unit cannot leave before those behind it, so
+    densities (importance per MAC) must not fall from tail to head: neighbours that break this are pooled and leave
+    as one (pool-adjacent-violators; equal weights, as all units of a module cost the same).
+    """
+    pools: list[tuple[int, float]] = []  # (units, mean density)
+    for density in np.asarray(importance, dtype=np.float64)[::-1] / macs:
+        count, mean = 1, float(density)
+        while pools and pools[-1][1] > mean:
+            other, other_mean = pools.pop()
+            mean = (mean * count + other_mean * other) / (count + other)
+            count += other
+        pools.append((count, mean))
+    return pools
+
+
+def leaving_order(
+    widths: dict[str, int], importance: dict[str, np.ndarray], sizes: dict[str, int], macs: dict[str, int]
+) -> list[Step]:
+    """Every step that could follow, least dense first, from the network at `widths`.
+
+    importance: module key -> I_i of its kept dims (width,), in order.  sizes: dims in a unit.  macs: MACs of one dim.
+    Equal densities keep the modules' order, and each module's own order is tail to head.
+    """
+    steps = []
+    for key, width in widths.items():
+        if width == 0:
+            continue
+        size = sizes[key]
+        units = np.asarray(importance[key], dtype=np.float64).reshape(width // size, size).sum(axis=1)  # (units,)
+        steps += [Step(key, count * size, density) for count, density in pool_units(units, size * macs[key])]
+    return sorted(steps, key=lambda step: step.density)
+
+
+def grow(
+    table: MaskTable,
+    importance: dict[str, np.ndarray],
+    sizes: dict[str, int],
+    macs: dict[str, int],
+    target: float,
+) -> MaskTable:
+    """The table with steps appended until the MACs of all that has left reach `target`; one op code a step.
+
+    What has left stays out: the rows of `table` are kept as they are. importance is that of the smallest network so
+    far (see leaving_order).
+    """
+    rows = list(table.rows)
+    gone = sum((rows[0][key] - width) * macs[key] for key, width in rows[-1].items())
+    for step in leaving_order(rows[-1], importance, sizes, macs):
+        if gone >= target:
+            break
+        rows.append(rows[-1] | {step.key: rows[-1][step.key] - step.dims})
+        gone += step.dims * macs[step.key]
+    return MaskTable(rows, table.meta)
