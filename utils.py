@@ -1,4 +1,4 @@
-"""Processes, seeds, logging, checkpoints. Knows no other file of the project."""
+"""Users' errors, processes, seeds, files, logs. Knows no other file of the project."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import argparse
 import contextlib
 import json
 import os
-import pickle
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -35,6 +35,10 @@ def run_program(main: Callable[[], None]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,10 +77,23 @@ def reduce_sum(*tensors: torch.Tensor) -> None:
             dist.all_reduce(tensor)
 
 
+def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """The mean of each value over the ranks."""
+    means = torch.tensor(list(values.values()), dtype=torch.float64)
+    reduce_sum(means)
+    return dict(zip(values, (means / world()[1]).tolist(), strict=True))
+
+
 def say(*words: object) -> None:
     """print() on the main process only, shown at once."""
     if is_main_process():
         print(*words, flush=True)
+
+
+def progress_bar(items: Iterable, label: str, **kwargs: Any) -> tqdm:
+    """tqdm on the main process: live on a terminal, a line now and then in a log file."""
+    seldom = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60, "delay": 30}
+    return tqdm(items, label, disable=not is_main_process(), leave=False, **seldom, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +110,10 @@ def seed_everything(*key: int) -> None:
     seed = mixed_seed(*key)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    # Not torch.manual_seed: where CUDA is not in use it formats a stack trace a call, too slow for each image.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,70 +179,14 @@ def check_output_dir(folder: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: tensors and plain Python values only
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes a .pth that `torch.load(weights_only=True)` reads; whole or absent."""
-    with atomic_file(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # torch's zip writer reports a full disk so
-            raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a .pth or .safetensors file as data: nothing in it is executed.
-
-    argparse's Namespace is allowed, as DeiT-style checkpoints hold one. Raises UserError for a file that is missing,
-    truncated, not a checkpoint, or that holds any other pickled object.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"checkpoint {path} is damaged or holds pickled objects that are not plain data; "
-            "refused, nothing in it was run"
-        ) from error
-    except Exception as error:  # torch and safetensors raise many types for a damaged file
-        raise UserError(f"checkpoint {path} cannot be read, it is damaged or cut short: {first_line(error)}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a dictionary of weights")
-    return state
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def weights_of(state: dict[str, Any], path: Path, use_ema: bool = False) -> dict[str, torch.Tensor]:
-    """The state dict inside a checkpoint: bare, or under `model` / `state_dict`, or `model_ema` if use_ema."""
-    if use_ema and "model_ema" not in state:
-        raise UserError(f"checkpoint {path} holds no averaged weights (model_ema); leave --eval-ema out")
-    names = ["model_ema"] if use_ema else ["model", "state_dict"]
-    weights = next((state[name] for name in names if isinstance(state.get(name), dict)), state)
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"checkpoint {path} holds no weights: expected a state dict, bare or under model / state_dict")
-    return weights
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Logs
 
 
 class RunLog:
     """log.txt (one JSON line an epoch) and TensorBoard, on the main process; nothing elsewhere.
 
-    Lines and events of epochs from `start_epoch` on are dropped first: a resumed run writes them anew.
+    Lines of epochs from `start_epoch` on, and events from `start_step` on, are dropped first: a resumed run writes
+    them anew.
     """
 
     def __init__(self, folder: Path, start_epoch: int, start_step: int):
@@ -243,13 +207,17 @@ class RunLog:
             self.writer.add_scalar(name, value, step)
 
     def epoch(self, values: dict[str, Any], step: int) -> None:
-        """Appends the epoch's JSON line; its numbers go to TensorBoard too."""
+        """Prints the epoch's values, appends them to log.txt as a JSON line, and gives the numbers to TensorBoard."""
+        say(" ".join(f"{key} {value:.5g}" for key, value in values.items()))
         if self.writer is None:
             return
         with self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
-        self.scalars({k: v for k, v in values.items() if isinstance(v, int | float) and k != "epoch"}, step)
-        self.writer.flush()
+        self.scalars({key: value for key, value in values.items() if key != "epoch"}, step)
+
+    def flush(self) -> None:
+        if self.writer is not None:
+            self.writer.flush()
 
     def close(self) -> None:
         if self.writer is not None:

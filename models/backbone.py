@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,7 +12,8 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from utils import UserError, first_line
+from checkpoints import load_checkpoint, weights_of
+from utils import UserError, first_line, say
 
 # The authors' names for the DeiT models.
 ALIASES = {
@@ -151,12 +153,51 @@ class BypassBlock(Block):
         return x
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Strict load. Raises UserError that names the first key that differs, with both shapes."""
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, assign: bool = False) -> None:
+    """Strict load; `assign` takes the tensors themselves, for a model on the meta device.
+
+    Raises UserError that names the first key that differs, with both shapes.
+    """
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in weights.items()}
     for key in [*own, *(key for key in given if key not in own)]:
         if own.get(key) != given.get(key):
-            there, here = given.get(key, "nothing"), own.get(key, "nothing")
+            there, here = given.get(key, "absent"), own.get(key, "absent")
             raise UserError(f"{source} is of another architecture: {key} is {there} there, {here} in the model")
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=assign)
+
+
+def load_backbone(
+    name: str,
+    model_kwargs: dict[str, Any],
+    *,
+    num_classes: int,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    use_ema: bool = False,
+) -> VisionTransformer:
+    """A backbone with the head of its weights: of the checkpoint, of timm's pretrained ones, else new weights.
+
+    num_classes counts only where no weights say otherwise. Raises UserError for weights of another architecture.
+    """
+    if checkpoint is None:
+        classes = {} if pretrained else {"num_classes": num_classes}
+        return create_backbone(name, pretrained=pretrained, **classes | model_kwargs)
+    weights = weights_of(load_checkpoint(checkpoint), checkpoint, use_ema)
+    head = weights.get("head.weight")
+    classes = {"num_classes": num_classes if head is None else len(head)}
+    model = create_backbone(name, **classes | model_kwargs)
+    load_weights(model, weights, f"checkpoint {checkpoint}")
+    return model
+
+
+def fit_head(model: VisionTransformer, num_classes: int, *, remake: bool) -> None:
+    """Makes the head one of num_classes: a new one if `remake`, else a UserError where it differs."""
+    if model.num_classes == num_classes:
+        return
+    if not remake:
+        raise UserError(
+            f"the model has {model.num_classes} classes, the data has {num_classes}: give the data it is for"
+        )
+    say(f"new head: {model.num_classes} classes in the weights, {num_classes} in the data")
+    model.reset_classifier(num_classes)

@@ -47,14 +47,11 @@ def count_macs(model: VisionTransformer, widths: dict[str, int] | None = None, c
 def count_params(model: VisionTransformer, widths: dict[str, int] | None = None) -> int:
     """Parameters of the model as it stands, or of its sub-network at `widths` (without extracting it)."""
     params = sum(p.numel() for p in model.parameters())
-    for key, width in (widths or {}).items():
-        module = modules_of(model)[key]
-        block = model.blocks[module.block]
+    for module in modules_of(model).values() if widths is not None else ():
+        block, width = model.blocks[module.block], widths[module.key]
         if width == 0 and module.width:
-            branch = (
-                (block.norm1, block.attn, block.ls1) if module.kind == "attn" else (block.norm2, block.mlp, block.ls2)
-            )
-            params -= sum(p.numel() for part in branch for p in part.parameters())
+            parts = [getattr(block, name) for name in BRANCHES[module.kind]]
+            params -= sum(p.numel() for part in parts for p in part.parameters())
         else:
             params -= (module.width - width) * _params_per_dim(block, module)
     return params

@@ -1,0 +1,307 @@
+"""Command-line flags, in groups, shared by the entry points; and the recipe of each stage."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from timm.utils import ParseKwargs
+
+from datasets import FOLDER_NAMES
+from models.macs import CONVENTIONS
+from models.taylor import COSTS
+from piad.selection import parse_amount
+
+# The paper's recipe, DeiT's where the paper says nothing. DeiT-B trains 150 epochs of PIAD: run_train.sh says so.
+RECIPES = {
+    "pretrain": {"epochs": 300, "lr": 5e-4, "min_lr": 1e-5, "warmup_epochs": 5, "drop_path": 0.1, "ema_decay": 0.99996},
+    "piad": {"epochs": 300, "lr": 5e-4, "min_lr": 1e-5, "warmup_epochs": 0, "drop_path": 0.0, "ema_decay": 0.99996},
+    "finetune": {"epochs": 30, "lr": 5e-5, "min_lr": 1e-6, "warmup_epochs": 0, "drop_path": 0.1, "ema_decay": 0.0},
+}
+
+
+def amount(text: str) -> float:
+    try:
+        return parse_amount(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount such as 2.4G or 12M") from error
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model, data and run: the groups that every entry point has."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default="deit_small_patch16_224",
+        metavar="NAME",
+        help="timm's name, or vit_tiny, vit_small, vit_base for the DeiT models (default: %(default)s)",
+    )
+    group.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="KEY=VALUE",
+        help="arguments for timm's model, such as img_size=98 patch_size=14",
+    )
+    group.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights to start from: .pth or .safetensors, bare or under model / state_dict",
+    )
+    group.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="without --checkpoint: start from timm's weights (its hub)",
+    )
+    group.add_argument(
+        "--eval-ema",
+        "--use-ema",
+        action="store_true",
+        dest="use_ema",
+        help="take the averaged weights (model_ema) of --checkpoint",
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data-set",
+        default="folder",
+        metavar="NAME",
+        help=f"digits (embedded), {', '.join(FOLDER_NAMES)} (train/ and val/, a folder a class), or a "
+        "name of timm's create_dataset such as torch/cifar10 (default: %(default)s)",
+    )
+    group.add_argument("--data-path", metavar="DIR", help="where the data set lies; not needed for digits")
+    group.add_argument(
+        "--proxy-samples",
+        type=positive,
+        default=1024,
+        metavar="N",
+        help="training images that statistics are taken on (default: %(default)s)",
+    )
+    group.add_argument(
+        "--batch-size", type=positive, default=64, metavar="N", help="images a process and step (default: %(default)s)"
+    )
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=4,
+        metavar="N",
+        help="data loading processes a process; 0 loads in the process itself (default: %(default)s)",
+    )
+    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="pixel mean, 0..1 (default: the model's)")
+    group.add_argument("--std", type=float, nargs="+", metavar="X", help="pixel deviation (default: the model's)")
+    group.add_argument(
+        "--interpolation",
+        choices=("bilinear", "bicubic", "nearest"),
+        help="resizing in evaluation (default: the model's)",
+    )
+    group.add_argument(
+        "--crop-pct",
+        type=float,
+        metavar="X",
+        help="share of the resized side that evaluation keeps, 1 = no crop (default: the model's)",
+    )
+
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--output-dir", type=Path, default=Path("output"), metavar="DIR", help="where results go (default: %(default)s)"
+    )
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, or auto: CUDA if there is one")
+    group.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def data_overrides(args: argparse.Namespace) -> dict[str, object]:
+    """The preprocessing flags, for datasets.preprocessing()."""
+    return {key: getattr(args, key) for key in ("mean", "std", "interpolation", "crop_pct")}
+
+
+def parse_reparam_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="WPAC: rotate and sort the weights of a ViT, keeping its function.")
+    add_common_arguments(parser)
+    group = parser.add_argument_group("WPAC")
+    group.add_argument(
+        "--cost",
+        choices=COSTS,
+        default="logit",
+        help="whose gradient weighs the tokens: logit of the true class, ce = cross-entropy, pred = the "
+        "largest logit, for images without labels (default: %(default)s)",
+    )
+    group.add_argument("--no-eval", action="store_true", help="skip the evaluation on val/")
+    return parser.parse_args()
+
+
+def parse_main_arguments() -> argparse.Namespace:
+    """main.py's flags; the defaults of the optimization group are those of --stage."""
+    parser = argparse.ArgumentParser(
+        description="Train a ViT, train its super-network with PIAD, fine-tune or evaluate sub-networks."
+    )
+    group = parser.add_argument_group("what to do")
+    group.add_argument(
+        "--stage",
+        choices=RECIPES,
+        default="piad",
+        help="pretrain: a plain model; piad: a super-network from contracted weights; finetune: one "
+        "extracted sub-network (default: %(default)s)",
+    )
+    group.add_argument("--eval", action="store_true", help="evaluate sub-networks instead of training")
+    add_common_arguments(parser)
+    _add_super_network_arguments(parser)
+    _add_optimization_arguments(parser)
+    _add_augmentation_arguments(parser)
+    _add_checkpoint_arguments(parser)
+    stage = parser.parse_known_args()[0].stage
+    parser.set_defaults(**RECIPES[stage])
+    return parser.parse_args()
+
+
+def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("super-network")
+    group.add_argument("--mask-table", type=Path, metavar="FILE", help="mask_table.json of the super-network")
+    group.add_argument("--sub-network", type=Path, metavar="DIR", help="with --eval: a folder written by finetune")
+    group.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="FILE",
+        help="with --eval: weights to cut to the same widths, shown beside the super-network's",
+    )
+    group.add_argument(
+        "--op-code",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="sizes by op code: 0 is the whole network, -1 the smallest",
+    )
+    group.add_argument(
+        "--macs-ratio",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="X",
+        help="sizes by share of the whole network's MACs, 0..1",
+    )
+    group.add_argument("--macs", type=amount, nargs="+", default=[], metavar="2.4G", help="sizes by MACs for an image")
+    group.add_argument("--params", type=amount, nargs="+", default=[], metavar="12M", help="sizes by parameters")
+    group.add_argument("--frontier", type=positive, metavar="N", help="N sizes, evenly spaced in MACs")
+    group.add_argument(
+        "--macs-convention",
+        choices=CONVENTIONS,
+        default="linear",
+        help="linear layers alone, as the paper counts, or with the attention products (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dropout-ratio",
+        type=float,
+        default=0.875,
+        metavar="R",
+        help="share of the MACs that the dropout list reaches (default: %(default)s)",
+    )
+    group.add_argument(
+        "--progressive-epochs",
+        type=positive,
+        default=50,
+        metavar="N",
+        help="epochs over which the dropout list grows, P_e (default: %(default)s)",
+    )
+
+
+def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimization (defaults: the stage's recipe)")
+    group.add_argument("--epochs", type=positive, metavar="N", help="epochs to train")
+    group.add_argument("--opt", default="adamw", help="timm's name of the optimizer (default: %(default)s)")
+    group.add_argument("--lr", type=float, metavar="X", help="learning rate for 512 images a step; scaled linearly")
+    group.add_argument("--min-lr", type=float, metavar="X", help="learning rate at the end of the cosine, as it is")
+    group.add_argument("--warmup-epochs", type=int, metavar="N", help="epochs of linear warm-up from 1e-6")
+    group.add_argument("--weight-decay", type=float, default=0.05, metavar="X", help="default: %(default)s")
+    group.add_argument("--clip-grad", type=float, metavar="X", help="largest gradient norm (default: no clipping)")
+    group.add_argument("--drop-path", type=float, metavar="X", help="stochastic depth rate")
+    group.add_argument(
+        "--ema-decay",
+        type=float,
+        metavar="X",
+        help="decay of the averaged weights, 0 = none",
+    )
+    group.add_argument(
+        "--amp",
+        choices=("bfloat16", "float16"),
+        nargs="?",
+        const="bfloat16",
+        help="mixed precision; --amp alone is bfloat16 (default: float32)",
+    )
+
+
+def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("augmentation (defaults: DeiT's)")
+    group.add_argument(
+        "--aa",
+        default="rand-m9-mstd0.5-inc1",
+        metavar="POLICY",
+        help="timm's auto augment policy, none = off (default: %(default)s)",
+    )
+    group.add_argument("--color-jitter", type=float, default=0.3, metavar="X", help="default: %(default)s")
+    group.add_argument(
+        "--scale",
+        type=float,
+        nargs=2,
+        default=(0.08, 1.0),
+        metavar="X",
+        help="share of the image's area that a random crop keeps (default: 0.08 1)",
+    )
+    group.add_argument(
+        "--ratio",
+        type=float,
+        nargs=2,
+        default=(3 / 4, 4 / 3),
+        metavar="X",
+        help="aspect ratio of a random crop (default: 3/4 4/3)",
+    )
+    group.add_argument("--hflip", type=float, default=0.5, metavar="P", help="chance of a mirror image (default: 0.5)")
+    group.add_argument(
+        "--reprob", type=float, default=0.25, metavar="P", help="chance of random erasing (default: %(default)s)"
+    )
+    group.add_argument("--mixup", type=float, default=0.8, metavar="ALPHA", help="0 = off (default: %(default)s)")
+    group.add_argument("--cutmix", type=float, default=1.0, metavar="ALPHA", help="0 = off (default: %(default)s)")
+    group.add_argument("--smoothing", type=float, default=0.1, metavar="X", help="of labels (default: %(default)s)")
+    group.add_argument(
+        "--repeated-aug",
+        type=int,
+        default=3,
+        metavar="N",
+        help="how often an epoch repeats an image, augmented anew, 0 = off (default: %(default)s)",
+    )
+
+
+def _add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("checkpoints and logs")
+    group.add_argument(
+        "--resume", metavar="FILE", help="go on from a checkpoint of this run; auto: the newest in --output-dir, if any"
+    )
+    group.add_argument(
+        "--checkpoint-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also save each N steps of an epoch; 0 = at its end only (default: %(default)s)",
+    )
+    group.add_argument(
+        "--keep-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="besides the last two and the best, keep each N-th epoch's checkpoint; 0 = none",
+    )
+    group.add_argument(
+        "--eval-every",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="epochs from one evaluation to the next (default: %(default)s)",
+    )

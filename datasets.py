@@ -1,0 +1,258 @@
+"""Data sets, transforms, loaders, the proxy set. timm does the work; here it is made strict and repeatable."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.readers.img_extensions import get_img_extensions
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from utils import UserError, first_line, mixed_seed, seed_everything, world
+
+FOLDER_NAMES = ("folder", "imagenet", "cifar10", "cifar100")  # all read <path>/train and <path>/val, a folder a class
+SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
+
+
+class Digits(Dataset):
+    """scikit-learn's handwritten digits: 1,797 real 8x8 images, split 1,437 / 360, the same each time."""
+
+    num_classes = 10
+
+    def __init__(self, split: str):
+        from sklearn.datasets import load_digits  # only here: slow to import
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        parts = train_test_split(digits.images, digits.target, test_size=360, stratify=digits.target, random_state=0)
+        train_images, val_images, train_labels, val_labels = parts
+        self.images, self.labels = (train_images, train_labels) if split == "train" else (val_images, val_labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image = Image.fromarray((self.images[index] * (255 / 16)).astype("uint8"))
+        return image, int(self.labels[index])
+
+
+class Images(Dataset):
+    """A data set whose images pass `transform`, and whose items can be asked for by (key, index).
+
+    With a key, the random transforms are seeded by it: an image is then the same whichever worker or run makes it.
+    An image that cannot be read is a UserError that names its file.
+    """
+
+    def __init__(self, source: Dataset, num_classes: int, indices: Sequence[int] | None = None):
+        self.source = source
+        self.num_classes = num_classes
+        self.mode = "RGB"
+        self.indices = range(len(source)) if indices is None else indices
+        self.transform: Any = None  # this and the mode are set by the loader
+
+    def subset(self, indices: Sequence[int]) -> Images:
+        """Some of the images, with a transform of their own."""
+        return Images(self.source, self.num_classes, [self.indices[i] for i in indices])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
+        index = item
+        if isinstance(item, tuple):
+            key, index = item
+            seed_everything(key)
+        index = self.indices[index]
+        image, target = self.source[index]
+        try:
+            image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+            image = image.convert(self.mode)
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+            raise UserError(f"cannot read image {self._name(index)}: {first_line(error)}") from error
+        return (self.transform(image) if self.transform else image), target
+
+    def _name(self, index: int) -> str:
+        return (
+            str(self.source.filename(index, absolute=True)) if hasattr(self.source, "filename") else f"number {index}"
+        )
+
+
+def open_images(name: str, path: str | None, split: str) -> Images:
+    """Opens the "train" or "val" split of a data set.
+
+    name: "digits" (embedded), "folder" (ImageNet layout; "imagenet", "cifar10", "cifar100" mean the same), or a
+    name of timm's create_dataset such as "torch/cifar10". Raises UserError for a missing or empty path.
+    """
+    if name == "digits":
+        return Images(Digits(split), Digits.num_classes)
+    if name in FOLDER_NAMES:
+        folder = _split_folder(path, split)
+        _check_class_folders(folder)
+        # As bytes, since timm passes over an image it cannot open, and we want to name it.
+        source = create_dataset("", root=str(folder), split=split, search_split=False, load_bytes=True)
+        return Images(source, len(source.reader.class_to_idx))
+    try:
+        source = create_dataset(name, root=path, split=split)
+    except Exception as error:  # each reader has errors of its own, missing packages among them
+        raise UserError(f"--data-set {name}: timm cannot open it at {path}: {first_line(error)}") from error
+    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        raise UserError(f"--data-set {name} is read as a stream; a data set with numbered images is needed")
+    classes = getattr(source, "classes", None) or getattr(getattr(source, "reader", None), "class_to_idx", None)
+    if classes is None:
+        classes = set(getattr(source, "targets", None) or [source[i][1] for i in range(len(source))])
+    return Images(source, len(classes))
+
+
+def _split_folder(path: str | None, split: str) -> Path:
+    if not path:
+        raise UserError("--data-path is missing: give the folder that holds train/ and val/")
+    if not Path(path).is_dir():
+        raise UserError(f"--data-path {path} does not exist")
+    for name in SPLITS[split]:
+        if (Path(path) / name).is_dir():
+            return Path(path) / name
+    raise UserError(f"--data-path {path} has no folder {' or '.join(SPLITS[split])}")
+
+
+def _check_class_folders(folder: Path) -> None:
+    classes = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+    if not classes:
+        raise UserError(f"{folder} is empty: expected a folder of images for each class")
+    endings = tuple(get_img_extensions())
+    for path in classes:
+        if not any(name.lower().endswith(endings) for _, _, names in os.walk(path) for name in names):
+            raise UserError(f"class folder {path} holds no image")
+
+
+def open_splits(name: str, path: str | None, with_val: bool = True) -> tuple[Images, Images | None]:
+    """(train, val) of a data set; val is None without with_val. Raises UserError where their classes differ."""
+    train = open_images(name, path, "train")
+    if not with_val:
+        return train, None
+    val = open_images(name, path, "val")
+    maps = [getattr(getattr(images.source, "reader", None), "class_to_idx", None) for images in (train, val)]
+    if maps[0] != maps[1]:
+        odd = sorted(maps[0].keys() ^ maps[1].keys())[0]
+        raise UserError(f"train/ and val/ differ in their classes: {odd} is in one of them only")
+    return train, val
+
+
+def preprocessing(model: torch.nn.Module, overrides: dict[str, Any]) -> dict[str, Any]:
+    """timm's data configuration of a model: input_size, interpolation, mean, std, crop_pct.
+
+    The size is the one the model was made for; `overrides` holds what the user gave, None where nothing was.
+    """
+    size = (model.in_chans, *model.patch_embed.img_size)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    config = resolve_data_config({**given, "input_size": size}, model=model)
+    if len(config["mean"]) != model.in_chans:  # timm repeats a single value; three values on one channel are averaged
+        config["mean"], config["std"] = ((sum(config[k]) / len(config[k]),) * model.in_chans for k in ("mean", "std"))
+    return {key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loaders
+
+
+class KeyedSampler:
+    """Yields (key, index): key is drawn from (seed, epoch, position over all ranks).
+
+    So what a position gives does not hang on the number of workers or ranks, nor on what was drawn before: an epoch
+    can be entered in its middle.
+    """
+
+    def __init__(self, sampler: DistributedSampler | RepeatAugSampler, seed: int):
+        self.sampler, self.seed = sampler, seed
+        self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler) - self.start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rank, ranks, epoch = self.sampler.rank, self.sampler.num_replicas, self.sampler.epoch
+        for position, index in enumerate(self.sampler):
+            if position >= self.start:
+                yield mixed_seed(self.seed, epoch, position * ranks + rank), index
+
+
+class TrainLoader:
+    """Training batches of this rank, by epoch: `batches(epoch, start_step)`."""
+
+    def __init__(
+        self,
+        images: Images,
+        config: dict[str, Any],
+        augmentation: dict[str, Any],
+        *,
+        batch_size: int,
+        workers: int,
+        seed: int,
+        repeats: int = 0,
+    ):
+        """batch_size: images a rank and step; repeats: how often repeated augmentation shows an image, 0 = off."""
+        rank, ranks = world()
+        if repeats:
+            sampler = RepeatAugSampler(images, num_replicas=ranks, rank=rank, num_repeats=repeats)
+        else:
+            sampler = DistributedSampler(images, num_replicas=ranks, rank=rank, seed=seed)
+        if batch_size > len(sampler):
+            raise UserError(f"--batch-size {batch_size} is more than the {len(sampler)} training images of a process")
+        self.sampler = KeyedSampler(sampler, seed)
+        self.batch_size = batch_size
+        self.loader = _loader(images, config, batch_size, workers, is_training=True, **augmentation)
+        # create_loader makes the sampler itself and knows none that can start in the middle of an epoch.
+        self.loader.batch_sampler.sampler = self.sampler
+
+    @property
+    def steps(self) -> int:
+        """Steps in a whole epoch."""
+        return len(self.sampler.sampler) // self.batch_size
+
+    def batches(self, epoch: int, start_step: int = 0) -> DataLoader:
+        """The epoch's batches (images (B, C, height, width), targets (B,)) from start_step on."""
+        self.sampler.sampler.set_epoch(epoch)
+        self.sampler.start = start_step * self.batch_size
+        return self.loader
+
+
+def eval_loader(images: Images, config: dict[str, Any], *, batch_size: int, workers: int) -> DataLoader:
+    """This rank's share of the images in order, under the evaluation transform.
+
+    Each image comes once over all ranks: unlike timm's sampler, none is repeated to make the shares equal.
+    """
+    rank, ranks = world()
+    return _loader(images.subset(range(rank, len(images), ranks)), config, batch_size, workers, is_training=False)
+
+
+def _loader(images: Images, config: dict[str, Any], batch_size: int, workers: int, **kwargs: Any) -> DataLoader:
+    images.mode = "L" if config["input_size"][0] == 1 else "RGB"
+    return create_loader(
+        images,
+        input_size=config["input_size"],
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+        batch_size=batch_size,
+        num_workers=workers,
+        use_prefetcher=False,  # it erases on the device, out of the reach of an image's own key
+        pin_memory=torch.cuda.is_available(),
+        **kwargs,
+    )
+
+
+def proxy_set(images: Images, samples: int, seed: int) -> Images:
+    """The proxy set: `samples` training images, drawn once from the seed. Raises UserError if there are too few."""
+    if samples > len(images):
+        raise UserError(f"--proxy-samples {samples} is more than the {len(images)} training images")
+    generator = torch.Generator().manual_seed(mixed_seed(seed))
+    return images.subset(torch.randperm(len(images), generator=generator)[:samples].sort().values.tolist())

@@ -1,0 +1,251 @@
+"""The training loop and the evaluation loop: one of each, for every stage."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from timm.data import Mixup
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import AverageMeter, ModelEmaV3, accuracy, dispatch_clip_grad, unwrap_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from checkpoints import CheckpointFolder
+from datasets import TrainLoader
+from utils import RunLog, UserError, mean_over_ranks, progress_bar, reduce_sum, seed_everything, world
+
+
+@dataclass
+class Training:
+    """What a training run holds. model: as it is called, DDP or not; amp: dtype of autocast, None = off."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss_fn: nn.Module
+    device: torch.device
+    seed: int
+    amp: torch.dtype | None = None
+    scaler: torch.amp.GradScaler | None = None
+    ema: ModelEmaV3 | None = None
+    mixup: Mixup | None = None
+    clip_grad: float | None = None
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, averaged weights, optimizer and scaler: what a checkpoint needs of the run."""
+        state = {"model": unwrap_model(self.model).state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.ema is not None:
+            state["model_ema"] = self.ema.module.state_dict()
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of state_dict(). Raises UserError where the state is of another run."""
+        try:
+            unwrap_model(self.model).load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["model_ema"])
+            if self.scaler is not None:
+                self.scaler.load_state_dict(state["scaler"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"the checkpoint is of another run: {str(error).splitlines()[0]}") from error
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the next step to do, this rank's losses of the epoch so far, the best epoch so far."""
+
+    epoch: int = 0
+    step: int = 0
+    losses: AverageMeter = field(default_factory=AverageMeter)
+    best_epoch: int | None = None
+    best_top1: float = -1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, with the losses of every rank (a collective call)."""
+        sums = torch.zeros(world()[1], 2, dtype=torch.float64)
+        sums[world()[0]] = torch.tensor([self.losses.sum, self.losses.count], dtype=torch.float64)
+        reduce_sum(sums)
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "losses": sums.tolist()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Progress:
+        values = {f.name: state[f.name] for f in fields(cls)}
+        values["losses"] = AverageMeter()
+        if values["step"] and len(state["losses"]) == world()[1]:
+            values["losses"].sum, values["losses"].count = state["losses"][world()[0]]
+        return cls(**values)
+
+
+class Regime(Protocol):
+    """How sub-networks are chosen in training; piad.progressive.ProgressiveDropout is the paper's."""
+
+    def begin_epoch(self, epoch: int) -> None: ...
+
+    def choose(self, *, epoch: int, step: int, rank: int) -> int: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+def fit(
+    training: Training,
+    loader: TrainLoader,
+    files: CheckpointFolder,
+    log: RunLog,
+    scheduler: Scheduler,
+    progress: Progress,
+    *,
+    epochs: int,
+    evaluate_epoch: Callable[[], dict[str, float]],
+    regime: Regime | None = None,
+    eval_every: int = 1,
+    checkpoint_steps: int = 0,
+) -> None:
+    """Runs the epochs from `progress` on: grow the table, train, evaluate, log, save.
+
+    evaluate_epoch() gives what goes into the epoch's log line; its "top1" decides which epoch is the best.
+    checkpoint_steps: also save each time so many steps of an epoch are done, 0 = only at its end.
+    """
+
+    def save() -> None:
+        log.flush()  # what was logged before a checkpoint is not logged again after a resume from it
+        state = {**training.state_dict(), **progress.state_dict()} | (regime.state_dict() if regime else {})
+        files.save(epoch, state, progress.best_epoch)
+        if regime:
+            regime.save(files.folder)
+
+    def after_step(step: int, scalars: dict[str, float]) -> None:
+        log.scalars(scalars, epoch * loader.steps + step)
+        progress.step = step + 1
+        if checkpoint_steps and progress.step % checkpoint_steps == 0 and progress.step < loader.steps:
+            save()
+
+    for epoch in range(progress.epoch, epochs):
+        scheduler.step(epoch)
+        if regime and progress.step == 0:
+            regime.begin_epoch(epoch)
+        train_one_epoch(
+            training,
+            loader.batches(epoch, progress.step),
+            epoch,
+            steps=loader.steps,
+            losses=progress.losses,
+            start_step=progress.step,
+            choose=regime.choose if regime else None,
+            after_step=after_step,
+        )
+        line = {"epoch": epoch, "lr": training.optimizer.param_groups[0]["lr"]}
+        line |= mean_over_ranks({"train_loss": progress.losses.avg})
+        if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
+            line |= evaluate_epoch()
+            if line["top1"] > progress.best_top1:
+                progress.best_epoch, progress.best_top1 = epoch, line["top1"]
+        log.epoch(line, (epoch + 1) * loader.steps - 1)
+        progress.epoch, progress.step, progress.losses = epoch + 1, 0, AverageMeter()
+        save()
+
+
+def train_one_epoch(
+    training: Training,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    epoch: int,
+    *,
+    steps: int,
+    losses: AverageMeter,
+    start_step: int = 0,
+    choose: Callable[..., int] | None = None,
+    after_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> None:
+    """Trains on the batches (images (B, C, height, width), targets (B,)); `losses` takes this rank's losses.
+
+    steps: in a whole epoch; start_step: the step of the first batch, in an epoch entered in its middle.
+    choose(epoch=, step=, rank=) sets the sub-network of the step and returns its op code; None trains the whole.
+    after_step(step, scalars) runs when a step is complete. Raises UserError where the loss is not finite.
+    """
+    rank, _ = world()
+    training.model.train()
+    bar = progress_bar(batches, f"epoch {epoch}", total=steps, initial=start_step)
+    for step, (images, targets) in enumerate(bar, start_step):
+        # Keyed by the step: what Mixup, dropout and drop path draw does not hang on how the run got here.
+        seed_everything(training.seed, epoch, step, rank)
+        op_code = choose(epoch=epoch, step=step, rank=rank) if choose else 0
+        images = images.to(training.device, non_blocking=True)
+        targets = targets.to(training.device, non_blocking=True)
+        if training.mixup is not None:
+            images, targets = training.mixup(images, targets)
+        with training.autocast():
+            loss = training.loss_fn(training.model(images), targets)
+        value = loss.item()
+        if not math.isfinite(value):
+            lr = training.optimizer.param_groups[0]["lr"]
+            raise UserError(
+                f"loss is {value} at epoch {epoch}, step {step}, op code {op_code}, learning rate {lr:.3g}: "
+                "training stops, the last checkpoint stands; try a lower --lr"
+            )
+        _update(training, loss)
+        losses.update(value, len(images))
+        bar.set_postfix(loss=f"{losses.avg:.3f}", op_code=op_code, refresh=False)
+        if after_step:
+            after_step(step, {"loss": value, "op_code": op_code})
+
+
+def _update(training: Training, loss: Tensor) -> None:
+    """Backward, gradient clipping, optimizer step and moving average."""
+    training.optimizer.zero_grad()
+    scaler, optimizer = training.scaler, training.optimizer
+    (scaler.scale(loss) if scaler else loss).backward()
+    if training.clip_grad:
+        if scaler:
+            scaler.unscale_(optimizer)
+        dispatch_clip_grad(training.model.parameters(), training.clip_grad)
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+    if training.ema is not None:
+        training.ema.update(unwrap_model(training.model))
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: torch.dtype | None = None
+) -> dict[str, float]:
+    """{"top1", "top5" (percent), "loss", "images_per_second"} over all ranks' batches.
+
+    images_per_second counts the model's own time, on this rank, without loading.
+    """
+    model.eval()
+    totals = torch.zeros(4, dtype=torch.float64, device=device)  # correct at 1, at 5, loss, images
+    seconds = 0.0
+    for images, targets in batches:
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            logits = model(images).float()
+        top1, top5 = accuracy(logits, targets, topk=(1, 5))  # waits for the device
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        n = len(images)
+        totals += torch.stack([top1 * n / 100, top5 * n / 100, loss, loss.new_tensor(n)])
+        seconds += time.perf_counter() - start
+    own_images = totals[3].item()
+    reduce_sum(totals)
+    correct1, correct5, loss, images = totals.tolist()
+    return {
+        "top1": 100 * correct1 / images,
+        "top5": 100 * correct5 / images,
+        "loss": loss / images,
+        "images_per_second": own_images / max(seconds, 1e-9),
+    }

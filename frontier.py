@@ -1,0 +1,110 @@
+"""Evaluating sub-networks of several sizes: which ones, how good they are, and the report."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.data import DataLoader
+
+from engine import evaluate
+from models.extraction import extract
+from models.macs import count_macs, count_params
+from piad.mask_table import MaskTable
+from piad.selection import evenly_spaced, format_amount, largest_within
+from utils import UserError, is_main_process, progress_bar, say, write_text
+
+
+def chosen_op_codes(args: argparse.Namespace, model: VisionTransformer, table: MaskTable) -> list[int]:
+    """The op codes that the size flags ask for, in their order; none given: the whole network and the smallest."""
+    codes = []
+    for code in args.op_code:
+        table.widths(code)  # a UserError where there is none
+        codes.append(code if code >= 0 else len(table) - 1)
+    for ratio in args.macs_ratio:
+        if not 0 < ratio <= 1:
+            raise UserError(f"--macs-ratio {ratio} is not a share of the network: give a number above 0, at most 1")
+    convention = args.macs_convention
+    limits = [{"max_macs": ratio * count_macs(model, convention=convention)} for ratio in args.macs_ratio]
+    limits += [{"max_macs": macs} for macs in args.macs] + [{"max_params": params} for params in args.params]
+    codes += [largest_within(model, table, **limit, convention=convention) for limit in limits]
+    if args.frontier:
+        codes += evenly_spaced(model, table, args.frontier)
+    return list(dict.fromkeys(codes)) or [0, len(table) - 1]
+
+
+def describe(model: VisionTransformer) -> dict[str, int]:
+    """The size of a model as it stands: macs_linear and macs_full for one image, params."""
+    return {
+        "macs_linear": count_macs(model),
+        "macs_full": count_macs(model, convention="full"),
+        "params": count_params(model),
+    }
+
+
+def evaluate_sizes(
+    model: VisionTransformer,
+    table: MaskTable,
+    op_codes: list[int],
+    batches: DataLoader,
+    device: torch.device,
+    *,
+    amp: torch.dtype | None = None,
+    baseline: VisionTransformer | None = None,
+) -> list[dict[str, Any]]:
+    """A row for each op code: its size, counted on the extracted model, and its accuracy on the batches.
+
+    baseline: other weights of the same backbone, cut to the same widths; their top-1 goes into baseline_top1.
+    """
+    rows = []
+    for code in progress_bar(op_codes, "sizes"):
+        widths = table.widths(code)
+        small = extract(model, widths).to(device)
+        row = {"op_code": code, **describe(small), **evaluate(small, batches, device, amp)}
+        if baseline is not None:
+            row["baseline_top1"] = evaluate(extract(baseline, widths).to(device), batches, device, amp)["top1"]
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints the rows as a table."""
+    columns = {
+        "op code": lambda row: str(row["op_code"]),
+        "MACs": lambda row: format_amount(row["macs_linear"]),
+        "MACs full": lambda row: format_amount(row["macs_full"]),
+        "params": lambda row: format_amount(row["params"]),
+        "top-1": lambda row: f"{row['top1']:.2f}",
+        "top-5": lambda row: f"{row['top5']:.2f}",
+        "images/s": lambda row: f"{row['images_per_second']:.0f}",
+    }
+    if "baseline_top1" in rows[0]:
+        columns["untrained"] = lambda row: f"{row['baseline_top1']:.2f}"
+    say("  ".join(f"{name:>9}" for name in columns))
+    for row in rows:
+        say("  ".join(f"{cell(row):>9}" for cell in columns.values()))
+    say("MACs: linear layers alone, as the paper counts; MACs full: with the two attention products; for one image.")
+    if "baseline_top1" in rows[0]:
+        say("untrained: top-1 of the same widths cut from the baseline weights, without PIAD.")
+
+
+def write_report(rows: list[dict[str, Any]], folder: Path, facts: dict[str, Any]) -> None:
+    """Writes frontier.csv, frontier.json (with the facts: weights, data) and frontier.png on the main process."""
+    if not is_main_process():
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / "frontier.csv", text.getvalue())
+    write_text(folder / "frontier.json", json.dumps({**facts, "sizes": rows}, indent=1) + "\n")
+    from plots import plot_frontier  # only here: matplotlib is slow to import
+
+    plot_frontier(rows, folder / "frontier.png", facts["title"])
+    say(f"written: {folder / 'frontier.csv'}, frontier.json, frontier.png")

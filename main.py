@@ -1,0 +1,244 @@
+"""Trains (pretrain | piad | finetune) and evaluates: arguments and wiring."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import frontier
+from arguments import data_overrides, parse_main_arguments
+from checkpoints import CheckpointFolder
+from datasets import TrainLoader, eval_loader, open_images, open_splits, preprocessing, proxy_set
+from engine import Progress, Training, evaluate, fit
+from models.backbone import fit_head, full_widths, load_backbone
+from models.elastic import make_elastic, set_widths
+from models.extraction import extract
+from models.folder import load_subnetwork, save_subnetwork
+from piad.mask_table import MaskTable
+from piad.progressive import ProgressiveDropout
+from piad.selection import format_amount
+from piad.super_network import load_super_network
+from utils import (
+    RunLog,
+    UserError,
+    check_output_dir,
+    init_processes,
+    is_main_process,
+    run_program,
+    say,
+    seed_everything,
+    world,
+)
+
+
+def main() -> None:
+    args = parse_main_arguments()
+    device = init_processes(args)
+    seed_everything(args.seed)
+    check_output_dir(args.output_dir)
+    if args.eval:
+        evaluate_command(args, device)
+    else:
+        train_command(args, device)
+
+
+def train_command(args: argparse.Namespace, device: torch.device) -> None:
+    """Builds what the stage needs and runs its epochs; with --resume it goes on where the checkpoint stands."""
+    train_images, val_images = open_splits(args.data_set, args.data_path)
+    model, op_code = start_model(args, train_images.num_classes)
+    model.to(device)
+    config = preprocessing(model, data_overrides(args))
+    loading = {"batch_size": args.batch_size, "workers": args.workers}
+    loader = TrainLoader(train_images, config, augmentation(args), seed=args.seed, repeats=args.repeated_aug, **loading)
+    val = eval_loader(val_images, config, **loading)
+    files = CheckpointFolder(args.output_dir, args.keep_every)
+    state = files.to_resume(args.resume)
+    training = start_training(args, model, train_images.num_classes, device)
+    piad = None
+    if args.stage == "piad":
+        proxy = eval_loader(proxy_set(train_images, args.proxy_samples, args.seed), config, **loading)
+        table = MaskTable.from_json(state["mask_table"]) if state else None
+        piad = ProgressiveDropout(
+            model, proxy, ratio=args.dropout_ratio, epochs=args.progressive_epochs, seed=args.seed, table=table
+        )
+    scheduler, _ = create_scheduler_v2(
+        training.optimizer,
+        num_epochs=args.epochs,
+        min_lr=args.min_lr,
+        warmup_epochs=args.warmup_epochs,
+        warmup_lr=min(1e-6, args.min_lr),
+    )
+    progress = Progress()
+    if state:
+        training.load_state_dict(state)
+        progress = Progress.from_state(state)
+    if args.distributed:
+        device_ids = [device] if device.type == "cuda" else None
+        training.model = DistributedDataParallel(model, device_ids=device_ids)
+    log = RunLog(args.output_dir, progress.epoch, progress.epoch * loader.steps + progress.step)
+    fit(
+        training,
+        loader,
+        files,
+        log,
+        scheduler,
+        progress,
+        epochs=args.epochs,
+        evaluate_epoch=partial(evaluate_piad if piad else evaluate_whole, piad or model, val, device, training.amp),
+        regime=piad,
+        eval_every=args.eval_every,
+        checkpoint_steps=args.checkpoint_steps,
+    )
+    log.close()
+    if args.stage == "finetune":
+        accuracy = evaluate(model, val, device)
+        finish_finetune(args, model, config, {"op_code": op_code, "accuracy": accuracy, "data_set": args.data_set})
+
+
+def start_model(args: argparse.Namespace, num_classes: int) -> tuple[VisionTransformer, int]:
+    """The model that the stage trains, on the CPU, and its op code."""
+    model_kwargs = {**args.model_kwargs, "drop_path_rate": args.drop_path}
+    weights = {"checkpoint": args.checkpoint, "num_classes": num_classes, "use_ema": args.use_ema}
+    if args.stage == "finetune":
+        model, table = load_super_network(args.model, model_kwargs, mask_table=args.mask_table, **weights)
+        op_codes = frontier.chosen_op_codes(args, model, table)
+        if len(op_codes) != 1 or not (args.op_code or args.macs_ratio or args.macs or args.params):
+            raise UserError("finetune trains one size: give one of --op-code, --macs-ratio, --macs, --params")
+        model = extract(model, table.widths(op_codes[0]))
+        fit_head(model, num_classes, remake=True)
+        return model, op_codes[0]
+    if args.stage == "piad" and args.checkpoint is None:
+        raise UserError("--checkpoint is missing: piad starts from contracted weights, as reparam.py writes them")
+    model = load_backbone(args.model, model_kwargs, pretrained=args.pretrained, **weights)
+    fit_head(model, num_classes, remake=args.stage == "pretrain")
+    return (make_elastic(model) if args.stage == "piad" else model), 0
+
+
+def start_training(
+    args: argparse.Namespace, model: VisionTransformer, num_classes: int, device: torch.device
+) -> Training:
+    """Optimizer, loss, Mixup, averaged weights and scaler, as the flags say."""
+    _, processes = world()
+    lr = args.lr * args.batch_size * processes / 512
+    optimizer = create_optimizer_v2(model, opt=args.opt, lr=lr, weight_decay=args.weight_decay)
+    mixup = None
+    loss_fn: nn.Module = LabelSmoothingCrossEntropy(args.smoothing)
+    if args.mixup > 0 or args.cutmix > 0:
+        if args.batch_size % 2:
+            raise UserError(
+                f"--batch-size {args.batch_size} is odd: Mixup needs pairs; use an even one or --mixup 0 --cutmix 0"
+            )
+        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
+        loss_fn = SoftTargetCrossEntropy()
+    return Training(
+        model,
+        optimizer,
+        loss_fn,
+        device,
+        args.seed,
+        amp=getattr(torch, args.amp) if args.amp else None,
+        scaler=torch.amp.GradScaler(device.type) if args.amp == "float16" else None,
+        ema=ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay else None,
+        mixup=mixup,
+        clip_grad=args.clip_grad,
+    )
+
+
+def augmentation(args: argparse.Namespace) -> dict[str, Any]:
+    """The augmentation flags, under timm.data.create_loader's names."""
+    return {
+        "auto_augment": None if args.aa == "none" else args.aa,
+        "color_jitter": args.color_jitter,
+        "scale": args.scale,
+        "ratio": args.ratio,
+        "hflip": args.hflip,
+        "re_prob": args.reprob,
+        "re_mode": "pixel",
+    }
+
+
+def evaluate_whole(
+    model: nn.Module, val: DataLoader, device: torch.device, amp: torch.dtype | None
+) -> dict[str, float]:
+    """An epoch's accuracy of a model as it stands."""
+    return accuracy_of(evaluate(model, val, device, amp))
+
+
+def evaluate_piad(
+    piad: ProgressiveDropout, val: DataLoader, device: torch.device, amp: torch.dtype | None
+) -> dict[str, float]:
+    """An epoch's accuracy of the whole super-network and of its smallest network; top1 is the mean of the two."""
+    line: dict[str, float] = {"op_codes": len(piad.table)}
+    for name, op_code in (("full", 0), ("smallest", -1)):
+        set_widths(piad.model, piad.table.widths(op_code))
+        results = accuracy_of(evaluate(piad.model, val, device, amp))
+        line |= {f"{key}_{name}": value for key, value in results.items()}
+    return line | {"top1": (line["top1_full"] + line["top1_smallest"]) / 2}
+
+
+def accuracy_of(results: dict[str, float]) -> dict[str, float]:
+    """What of evaluate()'s results is the same each time the run is repeated: all but the speed."""
+    return {key: results[key] for key in ("top1", "top5", "loss")}
+
+
+def finish_finetune(args: argparse.Namespace, model: VisionTransformer, config: dict, facts: dict[str, Any]) -> None:
+    """Writes the trained sub-network as a folder."""
+    if not is_main_process():
+        return
+    saved = save_subnetwork(
+        args.output_dir, model, name=args.model, model_kwargs=args.model_kwargs, preprocessing=config, **facts
+    )
+    say(
+        f"written: {args.output_dir}/model.safetensors and config.json: {format_amount(saved['macs']['linear'])} MACs, "
+        f"{format_amount(saved['params'])} parameters, top-1 {facts['accuracy']['top1']:.2f} %"
+    )
+
+
+def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
+    """Evaluates sub-networks of a super-network at the sizes asked for, or one sub-network folder."""
+    val_images = open_images(args.data_set, args.data_path, "val")
+    amp = getattr(torch, args.amp) if args.amp else None
+    if args.sub_network:
+        model, config = load_subnetwork(args.sub_network)
+        table, op_codes, weights = MaskTable([full_widths(model)]), [0], args.sub_network
+        config = config["preprocessing"] | {k: v for k, v in data_overrides(args).items() if v is not None}
+    else:
+        model, table = load_super_network(
+            args.model,
+            args.model_kwargs,
+            checkpoint=args.checkpoint,
+            mask_table=args.mask_table,
+            num_classes=val_images.num_classes,
+            use_ema=args.use_ema,
+        )
+        op_codes, weights = frontier.chosen_op_codes(args, model, table), args.checkpoint
+        config = preprocessing(model, data_overrides(args))
+    fit_head(model, val_images.num_classes, remake=False)
+    baseline = None
+    if args.baseline:
+        baseline = load_backbone(
+            args.model, args.model_kwargs, num_classes=val_images.num_classes, checkpoint=args.baseline
+        ).eval()
+    val = eval_loader(val_images, config, batch_size=args.batch_size, workers=args.workers)
+    kind = "averaged (EMA)" if args.use_ema else "raw"
+    say(f"weights: {weights}, {kind}; {len(val_images)} images of {args.data_set}")
+    rows = frontier.evaluate_sizes(model.eval(), table, op_codes, val, device, amp=amp, baseline=baseline)
+    frontier.show(rows)
+    facts = {"title": f"{args.model} on {args.data_set}", "weights": str(weights), "averaged_weights": args.use_ema}
+    frontier.write_report(rows, args.output_dir, {**facts, "images": len(val_images)})
+
+
+if __name__ == "__main__":
+    run_program(main)

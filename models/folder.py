@@ -1,0 +1,69 @@
+"""A sub-network as a folder: model.safetensors and config.json, enough to rebuild it with no super-network at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+
+from checkpoints import load_checkpoint
+from utils import UserError, atomic_file, read_json, write_text
+
+from .backbone import create_backbone, full_widths, load_weights
+from .extraction import extract
+from .macs import count_macs, count_params
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def save_subnetwork(
+    folder: Path,
+    model: VisionTransformer,
+    *,
+    name: str,
+    model_kwargs: dict[str, Any],
+    preprocessing: dict[str, Any],
+    **facts: Any,
+) -> dict[str, Any]:
+    """Writes an extracted model. name, model_kwargs: the backbone it was cut from; facts: anything plain to add.
+
+    Returns the config: model, model_kwargs, widths, preprocessing, macs in both conventions, params, and the facts.
+    """
+    config = {
+        "model": name,
+        "model_kwargs": {**model_kwargs, "num_classes": model.num_classes},
+        "widths": full_widths(model),
+        "preprocessing": preprocessing,
+        "macs": {"linear": count_macs(model), "full": count_macs(model, convention="full")},
+        "params": count_params(model),
+        **facts,
+    }
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with atomic_file(folder / WEIGHTS) as temporary:
+        save_file(weights, temporary)
+    write_text(folder / CONFIG, json.dumps(config, indent=1) + "\n")
+    return config
+
+
+def load_subnetwork(folder: Path) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The model of a folder, in eval mode, and its config. Raises UserError for a folder that does not hold one."""
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is not a sub-network: it has no {CONFIG}")
+    config = read_json(folder / CONFIG)
+    wanted = {"model": str, "model_kwargs": dict, "widths": dict, "preprocessing": dict}
+    for key, kind in wanted.items():
+        if not isinstance(config, dict) or not isinstance(config.get(key), kind):
+            raise UserError(f"{folder / CONFIG}: {key} is missing or not of type {kind.__name__}")
+    for key, width in config["widths"].items():
+        if type(width) is not int:
+            raise UserError(f"{folder / CONFIG}: widths: {key} is {width!r}, not a whole number")
+    with torch.device("meta"):  # the structure alone; the weights are read into it
+        backbone = create_backbone(config["model"], **config["model_kwargs"])
+    model = extract(backbone, config["widths"])
+    load_weights(model, load_checkpoint(folder / WEIGHTS), str(folder / WEIGHTS), assign=True)
+    return model.eval(), config

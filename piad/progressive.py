@@ -1,0 +1,63 @@
+"""PIAD over a training run: the table that grows at the start of an epoch, and the sub-network of each step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+
+from models.backbone import modules_of
+from models.elastic import set_widths
+from models.extraction import extract
+from models.macs import count_macs, macs_per_dim, tokens_of
+from utils import is_main_process
+
+from .dropout_list import grow, unit_sizes
+from .importance import Batches, importance_of_dims
+from .mask_table import MaskTable
+from .sampling import draw_op_code
+
+
+class ProgressiveDropout:
+    """Holds the mask table of a super-network in training.
+
+    The list of what is dropped grows to ratio * (e + 1) / epochs of the network's MACs (linear convention) at the
+    start of each epoch e < epochs, by the importance of dims on the proxy batches at the smallest network so far.
+    Every rank holds the same table, since the importance is reduced over the ranks.
+    """
+
+    def __init__(
+        self, model: VisionTransformer, proxy: Batches, *, ratio: float, epochs: int, seed: int, table: MaskTable | None
+    ):
+        """model: a super-network (elastic). Raises UserError where a module does not divide into units."""
+        modules = modules_of(model)
+        self.model, self.proxy = model, proxy
+        self.ratio, self.epochs, self.seed = ratio, epochs, seed
+        self.sizes = unit_sizes(modules)
+        self.macs = {key: macs_per_dim(module, tokens_of(model)) for key, module in modules.items()}
+        self.network_macs = count_macs(model)
+        self.table = table or MaskTable([{key: module.width for key, module in modules.items()}])
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Grows the table, if the epoch is one of the growing ones."""
+        if epoch >= self.epochs:
+            return
+        smallest = extract(self.model, self.table.widths(-1)).eval()
+        target = self.ratio * (epoch + 1) / self.epochs * self.network_macs
+        self.table = grow(self.table, importance_of_dims(smallest, self.proxy), self.sizes, self.macs, target)
+
+    def choose(self, *, epoch: int, step: int, rank: int) -> int:
+        """Draws this rank's op code for the step and sets the super-network to its widths."""
+        op_code = draw_op_code(len(self.table), seed=self.seed, epoch=epoch, step=step, rank=rank)
+        set_widths(self.model, self.table.widths(op_code))
+        return op_code
+
+    def state_dict(self) -> dict[str, Any]:
+        """The table, for a checkpoint: it is all the state there is."""
+        return {"mask_table": self.table.to_json()}
+
+    def save(self, folder: Path) -> None:
+        """Writes mask_table.json into the folder, on the main process."""
+        if is_main_process():
+            self.table.save(folder / "mask_table.json")

@@ -1,0 +1,35 @@
+"""A super-network from its files: a checkpoint and the mask table that goes with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+
+from models.backbone import full_widths, load_backbone
+from utils import UserError
+
+from .mask_table import MaskTable
+
+
+def load_super_network(
+    name: str,
+    model_kwargs: dict[str, Any],
+    *,
+    checkpoint: Path,
+    mask_table: Path | None,
+    num_classes: int,
+    use_ema: bool = False,
+) -> tuple[VisionTransformer, MaskTable]:
+    """The full-size model, with the head of its weights, and its table, checked against each other.
+
+    Without mask_table, the one lying beside the checkpoint is read. Raises UserError for files that are missing,
+    damaged, or of another model.
+    """
+    if checkpoint is None:
+        raise UserError("--checkpoint is missing: give the super-network's checkpoint_<epoch>.pth")
+    table = MaskTable.load(mask_table or Path(checkpoint).parent / "mask_table.json")
+    model = load_backbone(name, model_kwargs, num_classes=num_classes, checkpoint=checkpoint, use_ema=use_ema)
+    table.check(full_widths(model), name)
+    return model, table
