@@ -63,16 +63,20 @@ def weights_of(state: dict[str, Any], path: Path, use_ema: bool = False) -> dict
 
 
 class CheckpointFolder:
-    """checkpoint_<epoch>.pth of a run: the last two and the best are kept, and every `keep_every` epochs."""
+    """checkpoint_<epoch>.pth of a run: the last two and the best are kept, and every `keep_every` epochs.
 
-    def __init__(self, folder: Path, keep_every: int = 0):
-        self.folder, self.keep_every = folder, keep_every
+    settings: what makes the run what it is (plain values). Each checkpoint holds them, and a run with others does not
+    go on from it.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], keep_every: int = 0):
+        self.folder, self.settings, self.keep_every = folder, settings, keep_every
 
     def save(self, epoch: int, state: dict[str, Any], best_epoch: int | None) -> None:
         """Writes checkpoint_<epoch>.pth on the main process, then deletes those not to be kept."""
         if not is_main_process():
             return
-        save_checkpoint(self.folder / f"checkpoint_{epoch}.pth", state)
+        save_checkpoint(self.folder / f"checkpoint_{epoch}.pth", {**state, "settings": self.settings})
         for old in self.epochs()[:-2]:
             if old != best_epoch and not (self.keep_every and (old + 1) % self.keep_every == 0):
                 (self.folder / f"checkpoint_{old}.pth").unlink()
@@ -83,27 +87,42 @@ class CheckpointFolder:
         return sorted(int(name[1]) for name in names if name)
 
     def to_resume(self, resume: str | None) -> dict[str, Any] | None:
-        """The state to go on from: None = a fresh start, "auto" = the newest whole checkpoint if any, else a file."""
+        """The state to go on from: None = a fresh start, "auto" = the newest whole checkpoint if any, else a file.
+
+        Raises UserError for a checkpoint of a run with other settings.
+        """
         if resume is None:
             return None
-        if resume != "auto":
-            return self._checked(Path(resume))
-        for epoch in reversed(self.epochs()):
-            path = self.folder / f"checkpoint_{epoch}.pth"
+        paths = [Path(resume)]
+        if resume == "auto":
+            paths = [self.folder / f"checkpoint_{epoch}.pth" for epoch in reversed(self.epochs())]
+        for path in paths:
             try:
-                state = self._checked(path)
+                state = _run_state(path)
             except UserError as error:
+                if resume != "auto":
+                    raise
                 say(f"passing over {path.name}: {error}")
                 continue
+            self._check_settings(path, state["settings"])
             say(f"resuming from {path}: epoch {state['epoch']}, step {state['step']}")
             return state
-        say(f"no checkpoint in {self.folder}: a fresh start")
+        say(f"no checkpoint in {self.folder} to resume: a fresh start")
         return None
 
-    @staticmethod
-    def _checked(path: Path) -> dict[str, Any]:
-        state = load_checkpoint(path)
-        missing = [key for key in ("model", "optimizer", "epoch", "step") if key not in state]
-        if missing:
-            raise UserError(f"checkpoint {path} holds no training run to resume: it has no {missing[0]}")
-        return state
+    def _check_settings(self, path: Path, theirs: dict[str, Any]) -> None:
+        for key, value in self.settings.items():
+            if theirs.get(key) != value:
+                raise UserError(
+                    f"{path} is of a run with {key} {theirs.get(key)}, this one has {value}: "
+                    "give the same flags, or another --output-dir, or leave --resume out"
+                )
+
+
+def _run_state(path: Path) -> dict[str, Any]:
+    """A checkpoint that a run can go on from."""
+    state = load_checkpoint(path)
+    missing = [key for key in ("model", "optimizer", "epoch", "step", "settings") if key not in state]
+    if missing:
+        raise UserError(f"checkpoint {path} holds no training run to resume: it has no {missing[0]}")
+    return state

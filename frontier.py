@@ -73,8 +73,8 @@ def evaluate_sizes(
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Prints the rows as a table."""
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """The rows as text, with a line on what the columns mean."""
     columns = {
         "op code": lambda row: str(row["op_code"]),
         "MACs": lambda row: format_amount(row["macs_linear"]),
@@ -84,20 +84,21 @@ def show(rows: list[dict[str, Any]]) -> None:
         "top-5": lambda row: f"{row['top5']:.2f}",
         "images/s": lambda row: f"{row['images_per_second']:.0f}",
     }
+    notes = ["MACs: for one image, linear layers alone, as the paper counts; MACs full: attention products too."]
     if "baseline_top1" in rows[0]:
         columns["untrained"] = lambda row: f"{row['baseline_top1']:.2f}"
-    say("  ".join(f"{name:>9}" for name in columns))
-    for row in rows:
-        say("  ".join(f"{cell(row):>9}" for cell in columns.values()))
-    say("MACs: linear layers alone, as the paper counts; MACs full: with the two attention products; for one image.")
-    if "baseline_top1" in rows[0]:
-        say("untrained: top-1 of the same widths cut from the baseline weights, without PIAD.")
+        notes.append("untrained: top-1 of the same widths cut from the contracted weights, without PIAD.")
+    lines = ["  ".join(f"{name:>9}" for name in columns)]
+    lines += ["  ".join(f"{cell(row):>9}" for cell in columns.values()) for row in rows]
+    return "\n".join(lines + notes)
 
 
 def write_report(rows: list[dict[str, Any]], folder: Path, facts: dict[str, Any]) -> None:
-    """Writes frontier.csv, frontier.json (with the facts: weights, data) and frontier.png on the main process."""
+    """Prints the rows and writes frontier.txt, .csv, .json (with the facts) and .png, on the main process."""
     if not is_main_process():
         return
+    print(table_of(rows))
+    write_text(folder / "frontier.txt", table_of(rows) + "\n")
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys())
     writer.writeheader()
@@ -107,4 +108,4 @@ def write_report(rows: list[dict[str, Any]], folder: Path, facts: dict[str, Any]
     from plots import plot_frontier  # only here: matplotlib is slow to import
 
     plot_frontier(rows, folder / "frontier.png", facts["title"])
-    say(f"written: {folder / 'frontier.csv'}, frontier.json, frontier.png")
+    say(f"written: {folder}/frontier.txt, frontier.csv, frontier.json, frontier.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ from utils import (
     world,
 )
 
+NOT_SETTINGS = {
+    *("output_dir", "resume", "checkpoint_steps", "keep_every", "eval_every", "eval", "frontier", "baseline"),
+    *("device", "workers", "rank", "local_rank", "world_size", "distributed", "data_path"),
+}
+
 
 def main() -> None:
     args = parse_main_arguments()
@@ -63,7 +69,7 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
     loading = {"batch_size": args.batch_size, "workers": args.workers}
     loader = TrainLoader(train_images, config, augmentation(args), seed=args.seed, repeats=args.repeated_aug, **loading)
     val = eval_loader(val_images, config, **loading)
-    files = CheckpointFolder(args.output_dir, args.keep_every)
+    files = CheckpointFolder(args.output_dir, settings_of(args), args.keep_every)
     state = files.to_resume(args.resume)
     training = start_training(args, model, train_images.num_classes, device)
     piad = None
@@ -156,6 +162,15 @@ def start_training(
     )
 
 
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that decide what a run computes, as plain values; not where it runs, saves or how often it reports."""
+    return {
+        key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for key, value in vars(args).items()
+        if key not in NOT_SETTINGS
+    }
+
+
 def augmentation(args: argparse.Namespace) -> dict[str, Any]:
     """The augmentation flags, under timm.data.create_loader's names."""
     return {
@@ -235,7 +250,6 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
     kind = "averaged (EMA)" if args.use_ema else "raw"
     say(f"weights: {weights}, {kind}; {len(val_images)} images of {args.data_set}")
     rows = frontier.evaluate_sizes(model.eval(), table, op_codes, val, device, amp=amp, baseline=baseline)
-    frontier.show(rows)
     facts = {"title": f"{args.model} on {args.data_set}", "weights": str(weights), "averaged_weights": args.use_ema}
     frontier.write_report(rows, args.output_dir, {**facts, "images": len(val_images)})
 
