@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,9 +18,22 @@ from timm.utils import AverageMeter, ModelEmaV3, accuracy, dispatch_clip_grad, u
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from checkpoints import CheckpointFolder
 from datasets import TrainLoader
-from utils import RunLog, UserError, mean_over_ranks, progress_bar, reduce_sum, seed_everything, world
+from files import CheckpointFolder, RunLog
+from utils import (
+    Preempted,
+    UserError,
+    check_ranks_agree,
+    checksum,
+    gather_over_ranks,
+    mean_over_ranks,
+    progress_bar,
+    reduce_sum,
+    seed_everything,
+    stop_if_asked,
+    stop_signals,
+    world,
+)
 
 
 @dataclass
@@ -35,13 +50,18 @@ class Training:
     ema: ModelEmaV3 | None = None
     mixup: Mixup | None = None
     clip_grad: float | None = None
+    skipped_steps: int = 0  # by float16's scaler, where gradients overflowed: a few are normal
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, averaged weights, optimizer and scaler: what a checkpoint needs of the run."""
-        state = {"model": unwrap_model(self.model).state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {
+            "model": unwrap_model(self.model).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "skipped_steps": self.skipped_steps,
+        }
         if self.ema is not None:
             state["model_ema"] = self.ema.module.state_dict()
         if self.scaler is not None:
@@ -53,6 +73,7 @@ class Training:
         try:
             unwrap_model(self.model).load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.skipped_steps = state["skipped_steps"]
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["model_ema"])
             if self.scaler is not None:
@@ -73,10 +94,8 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, with the losses of every rank (a collective call)."""
-        sums = torch.zeros(world()[1], 2, dtype=torch.float64)
-        sums[world()[0]] = torch.tensor([self.losses.sum, self.losses.count], dtype=torch.float64)
-        reduce_sum(sums)
-        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "losses": sums.tolist()}
+        losses = gather_over_ranks([self.losses.sum, self.losses.count])
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "losses": losses}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Progress:
@@ -99,62 +118,94 @@ class Regime(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
-def fit(
-    training: Training,
-    loader: TrainLoader,
-    files: CheckpointFolder,
-    log: RunLog,
-    scheduler: Scheduler,
-    progress: Progress,
-    *,
-    epochs: int,
-    evaluate_epoch: Callable[[], dict[str, float]],
-    regime: Regime | None = None,
-    eval_every: int = 1,
-    checkpoint_steps: int = 0,
-) -> None:
-    """Runs the epochs from `progress` on: grow the table, train, evaluate, log, save.
+@dataclass
+class Run:
+    """A training run: its epochs from `progress` on, each one grow the table, train, evaluate, log, save.
 
     evaluate_epoch() gives what goes into the epoch's log line; its "top1" decides which epoch is the best.
     checkpoint_steps: also save each time so many steps of an epoch are done, 0 = only at its end.
     """
 
-    def save() -> None:
-        log.flush()  # what was logged before a checkpoint is not logged again after a resume from it
-        state = {**training.state_dict(), **progress.state_dict()} | (regime.state_dict() if regime else {})
-        files.save(epoch, state, progress.best_epoch)
-        if regime:
-            regime.save(files.folder)
+    training: Training
+    loader: TrainLoader
+    files: CheckpointFolder
+    log: RunLog
+    scheduler: Scheduler
+    progress: Progress
+    evaluate_epoch: Callable[[], dict[str, float]]
+    regime: Regime | None = None
+    eval_every: int = 1
+    checkpoint_steps: int = 0
 
-    def after_step(step: int, scalars: dict[str, float]) -> None:
-        log.scalars(scalars, epoch * loader.steps + step)
-        progress.step = step + 1
-        if checkpoint_steps and progress.step % checkpoint_steps == 0 and progress.step < loader.steps:
-            save()
+    def fit(self, epochs: int) -> None:
+        """Runs up to `epochs`. Asked to stop by a signal, it saves and raises Preempted, which says how to go on."""
+        with stop_signals():
+            try:
+                while self.progress.epoch < epochs:
+                    self._run_epoch(last=self.progress.epoch + 1 == epochs)
+            except Preempted as stop:
+                if self.progress.step or not self.files.epochs():  # else the last checkpoint is where the run stands
+                    self._save()
+                place = f"epoch {self.progress.epoch}, step {self.progress.step}"
+                raise Preempted(f"{stop} at {place}, saved; the same command with --resume auto goes on") from stop
+        self.log.close()
 
-    for epoch in range(progress.epoch, epochs):
-        scheduler.step(epoch)
-        if regime and progress.step == 0:
-            regime.begin_epoch(epoch)
+    def _run_epoch(self, last: bool) -> None:
+        progress, epoch, steps = self.progress, self.progress.epoch, self.loader.steps
+        self.scheduler.step(epoch)
+        if self.regime and progress.step == 0:
+            self.regime.begin_epoch(epoch)
         train_one_epoch(
-            training,
-            loader.batches(epoch, progress.step),
+            self.training,
+            self.loader.batches(epoch, progress.step),
             epoch,
-            steps=loader.steps,
+            steps=steps,
             losses=progress.losses,
             start_step=progress.step,
-            choose=regime.choose if regime else None,
-            after_step=after_step,
+            choose=self.regime.choose if self.regime else None,
+            after_step=self._after_step,
         )
-        line = {"epoch": epoch, "lr": training.optimizer.param_groups[0]["lr"]}
+        check_agreement(self.training, self.regime)
+        line = {"epoch": epoch, "lr": self.training.optimizer.param_groups[0]["lr"]}
         line |= mean_over_ranks({"train_loss": progress.losses.avg})
-        if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
-            line |= evaluate_epoch()
+        if self.training.scaler is not None:
+            line["skipped_steps"] = self.training.skipped_steps
+        if (epoch + 1) % self.eval_every == 0 or last:
+            line |= self.evaluate_epoch()
             if line["top1"] > progress.best_top1:
                 progress.best_epoch, progress.best_top1 = epoch, line["top1"]
-        log.epoch(line, (epoch + 1) * loader.steps - 1)
-        progress.epoch, progress.step, progress.losses = epoch + 1, 0, AverageMeter()
-        save()
+        self.log.epoch(line, (epoch + 1) * steps - 1)
+        self._save(done=True)
+
+    def _after_step(self, step: int, scalars: dict[str, float]) -> None:
+        progress, steps = self.progress, self.loader.steps
+        self.log.scalars(scalars, progress.epoch * steps + step)
+        progress.step = step + 1
+        if self.checkpoint_steps and progress.step % self.checkpoint_steps == 0 and progress.step < steps:
+            self._save()
+        stop_if_asked(collective=True)
+
+    def _save(self, done: bool = False) -> None:
+        """Writes checkpoint_<epoch>.pth: of the epoch under way, or `done`, from which the next one starts."""
+        epoch = self.progress.epoch
+        if done:
+            self.progress.epoch, self.progress.step, self.progress.losses = epoch + 1, 0, AverageMeter()
+        self.log.flush()  # what was logged before a checkpoint is not logged again after a resume from it
+        state = {**self.training.state_dict(), **self.progress.state_dict()}
+        state |= self.regime.state_dict() if self.regime else {}
+        self.files.save(epoch, state, self.progress.best_epoch)
+        if self.regime:
+            self.regime.save(self.files.folder)
+
+
+def check_agreement(training: Training, regime: Regime | None) -> None:
+    """Raises UserError, naming the rank, unless all ranks hold the same weights and table."""
+    if world()[1] == 1:
+        return
+    check_ranks_agree("the weights", checksum(unwrap_model(training.model).parameters()))
+    if regime:
+        table = json.dumps(regime.state_dict(), sort_keys=True)
+        check_ranks_agree("the mask tables", zlib.crc32(table.encode()))
 
 
 def train_one_epoch(
@@ -211,8 +262,10 @@ def _update(training: Training, loss: Tensor) -> None:
             scaler.unscale_(optimizer)
         dispatch_clip_grad(training.model.parameters(), training.clip_grad)
     if scaler:
+        scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
+        training.skipped_steps += scaler.get_scale() < scale
     else:
         optimizer.step()
     if training.ema is not None:

@@ -14,11 +14,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader
 
 from engine import evaluate
+from files import write_text
 from models.extraction import extract
 from models.macs import count_macs, count_params
 from piad.mask_table import MaskTable
 from piad.selection import evenly_spaced, format_amount, largest_within
-from utils import UserError, is_main_process, progress_bar, say, write_text
+from utils import UserError, is_main_process, progress_bar, say
 
 
 def chosen_op_codes(args: argparse.Namespace, model: VisionTransformer, table: MaskTable) -> list[int]:

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 
 import frontier
 from arguments import data_overrides, parse_main_arguments
-from checkpoints import CheckpointFolder
 from datasets import TrainLoader, eval_loader, open_images, open_splits, preprocessing, proxy_set
-from engine import Progress, Training, evaluate, fit
+from engine import Progress, Run, Training, evaluate
+from files import CheckpointFolder, RunLog, check_output_dir
 from models.backbone import fit_head, full_widths, load_backbone
 from models.elastic import make_elastic, set_widths
 from models.extraction import extract
@@ -31,17 +31,7 @@ from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
 from piad.selection import format_amount
 from piad.super_network import load_super_network
-from utils import (
-    RunLog,
-    UserError,
-    check_output_dir,
-    init_processes,
-    is_main_process,
-    run_program,
-    say,
-    seed_everything,
-    world,
-)
+from utils import Interruptible, UserError, init_processes, is_main_process, run_program, say, seed_everything, world
 
 NOT_SETTINGS = {
     *("output_dir", "resume", "checkpoint_steps", "keep_every", "eval_every", "eval", "frontier", "baseline"),
@@ -68,13 +58,13 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
     config = preprocessing(model, data_overrides(args))
     loading = {"batch_size": args.batch_size, "workers": args.workers}
     loader = TrainLoader(train_images, config, augmentation(args), seed=args.seed, repeats=args.repeated_aug, **loading)
-    val = eval_loader(val_images, config, **loading)
+    val = Interruptible(eval_loader(val_images, config, **loading))
     files = CheckpointFolder(args.output_dir, settings_of(args), args.keep_every)
     state = files.to_resume(args.resume)
     training = start_training(args, model, train_images.num_classes, device)
     piad = None
     if args.stage == "piad":
-        proxy = eval_loader(proxy_set(train_images, args.proxy_samples, args.seed), config, **loading)
+        proxy = Interruptible(eval_loader(proxy_set(train_images, args.proxy_samples, args.seed), config, **loading))
         table = MaskTable.from_json(state["mask_table"]) if state else None
         piad = ProgressiveDropout(
             model, proxy, ratio=args.dropout_ratio, epochs=args.progressive_epochs, seed=args.seed, table=table
@@ -93,21 +83,18 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
     if args.distributed:
         device_ids = [device] if device.type == "cuda" else None
         training.model = DistributedDataParallel(model, device_ids=device_ids)
-    log = RunLog(args.output_dir, progress.epoch, progress.epoch * loader.steps + progress.step)
-    fit(
+    Run(
         training,
         loader,
         files,
-        log,
+        RunLog(args.output_dir, progress.epoch, progress.epoch * loader.steps + progress.step),
         scheduler,
         progress,
-        epochs=args.epochs,
         evaluate_epoch=partial(evaluate_piad if piad else evaluate_whole, piad or model, val, device, training.amp),
         regime=piad,
         eval_every=args.eval_every,
         checkpoint_steps=args.checkpoint_steps,
-    )
-    log.close()
+    ).fit(args.epochs)
     if args.stage == "finetune":
         accuracy = evaluate(model, val, device)
         finish_finetune(args, model, config, {"op_code": op_code, "accuracy": accuracy, "data_set": args.data_set})

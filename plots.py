@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from utils import atomic_file
+from files import atomic_file
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 BLUE, ORANGE = "#0072B2", "#D55E00"

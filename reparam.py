@@ -13,20 +13,10 @@ from torch.utils.data import DataLoader
 from arguments import data_overrides, parse_reparam_arguments
 from datasets import eval_loader, open_splits, preprocessing, proxy_set
 from engine import evaluate
+from files import atomic_file, check_output_dir, write_text
 from models.backbone import fit_head, full_widths, load_backbone
 from models.extraction import extract
-from utils import (
-    UserError,
-    atomic_file,
-    check_output_dir,
-    init_processes,
-    is_main_process,
-    progress_bar,
-    run_program,
-    say,
-    seed_everything,
-    write_text,
-)
+from utils import UserError, init_processes, is_main_process, progress_bar, run_program, say, seed_everything
 from wpac.statistics import collect_statistics
 from wpac.transform import contract
 

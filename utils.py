@@ -1,14 +1,15 @@
-"""Users' errors, processes, seeds, files, logs. Knows no other file of the project."""
+"""Users' errors, processes, ranks, seeds. Knows no other file of the project."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import errno
 import os
 import random
+import signal
 import sys
-import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,95 @@ class UserError(Exception):
     """A mistake that the person at the keyboard can mend: shown as one line, exit code 2."""
 
 
+class Preempted(Exception):
+    """The run was asked to stop (SIGTERM or SIGUSR1)."""
+
+
+# Errors of the file system that are the user's to mend, wherever they come up.
+_FILE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_stop_asked: list[str] = []
+
+
 def run_program(main: Callable[[], None]) -> None:
-    """Runs an entry point; a UserError becomes one line on stderr and exit code 2."""
+    """Runs an entry point. A user's mistake becomes one line on stderr and exit code 2; a heeded stop, exit code 0."""
+    program = Path(sys.argv[0]).name
     try:
         main()
-    except UserError as error:
-        # A data loader worker wraps the message in its own traceback; the last line is what we said.
-        print(f"{Path(sys.argv[0]).name}: error: {str(error).splitlines()[-1]}", file=sys.stderr)
-        sys.exit(2)
-    finally:
+    except Preempted as stop:
+        say(f"{program}: {stop}")
+    except (UserError, OSError, RuntimeError) as error:
+        line = _line_of(error)
+        if line is None:
+            raise
+        if _others_speak():
+            os._exit(2)
+        print(f"{program}: error: {line}", file=sys.stderr, flush=True)
         if dist.is_initialized():
-            dist.destroy_process_group()
+            os._exit(2)  # the other ranks wait in a collective call: leaving the group in order would wait for them
+        sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _line_of(error: Exception) -> str | None:
+    """What to tell the user; None for an error that is not theirs."""
+    # A data loader worker wraps the message in its own traceback; the last line is what was said.
+    last = str(error).strip().splitlines()[-1:] or [""]
+    if isinstance(error, UserError):
+        return last[0].removeprefix("utils.UserError: ")
+    if isinstance(error, OSError) and error.errno in _FILE_ERRORS:
+        return f"cannot write {error.filename or 'to the output folder'}: {error.strerror}"
+    if "DataLoader worker" in str(error):
+        return f"a data loading process died, too little memory perhaps; try fewer --workers ({first_line(error)})"
+    if isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error)):
+        return f"rank {world()[0]} stops because another rank is gone; its own message says why"
+    return None
+
+
+def _others_speak() -> bool:
+    """Whether a rank other than 0 should keep silent: where rank 0 fails too, and so ends the run, it has spoken."""
+    if is_main_process():
+        return False
+    end = time.monotonic() + 5
+    while time.monotonic() < end and not _stop_asked:
+        time.sleep(0.05)
+    return bool(_stop_asked)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[None]:
+    """Within it SIGTERM and SIGUSR1 (as Slurm sends) only ask the run to stop: stop_if_asked() heeds them."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(number, lambda n, _frame: _stop_asked.append(signal.Signals(n).name)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def stop_if_asked(collective: bool = False) -> None:
+    """Raises Preempted after a stop signal. Ranks must stop at one point: only where all of them ask, `collective`."""
+    asked = bool(_stop_asked)
+    if dist.is_initialized():
+        asked = collective and any(row[0] for row in gather_over_ranks([float(asked)]))
+    if asked:
+        raise Preempted(f"stopped by {_stop_asked[0] if _stop_asked else 'a signal to another rank'}")
+
+
+class Interruptible:
+    """Batches between which a stop signal is heeded, in a run of one process."""
+
+    def __init__(self, batches: Iterable):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator:
+        for batch in self.batches:
+            stop_if_asked()
+            yield batch
 
 
 def first_line(error: BaseException) -> str:
@@ -77,11 +156,42 @@ def reduce_sum(*tensors: torch.Tensor) -> None:
             dist.all_reduce(tensor)
 
 
+def gather_over_ranks(values: list[float]) -> list[list[float]]:
+    """The values of every rank, a row a rank."""
+    rank, ranks = world()
+    on_cuda = dist.is_initialized() and dist.get_backend() == "nccl"
+    rows = torch.zeros(ranks, len(values), dtype=torch.float64, device="cuda" if on_cuda else "cpu")
+    rows[rank] = torch.tensor(values, dtype=torch.float64)
+    reduce_sum(rows)
+    return rows.tolist()
+
+
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """The mean of each value over the ranks."""
-    means = torch.tensor(list(values.values()), dtype=torch.float64)
-    reduce_sum(means)
-    return dict(zip(values, (means / world()[1]).tolist(), strict=True))
+    columns = zip(*gather_over_ranks(list(values.values())), strict=True)
+    return {name: sum(column) / world()[1] for name, column in zip(values, columns, strict=True)}
+
+
+def check_ranks_agree(what: str, checksum: int) -> None:
+    """Raises UserError that names a rank whose checksum (below 2**53) differs from rank 0's."""
+    rows = gather_over_ranks([float(checksum)])
+    odd = [rank for rank, row in enumerate(rows) if row != rows[0]]
+    if odd:
+        raise UserError(
+            f"{what} of rank {odd[0]} differ from those of rank 0: the run stops, the last checkpoint stands"
+        )
+
+
+def checksum(tensors: Iterable[torch.Tensor]) -> int:
+    """A number below 2**53 that changes with any bit of the tensors."""
+    total = 0
+    for tensor in tensors:
+        words = tensor.detach().contiguous().view(-1)
+        words = words.view(torch.int32 if words.element_size() % 4 == 0 else torch.uint8)
+        # Place matters: two values that swap their places change the sum.
+        places = torch.arange(1, len(words) + 1, device=words.device)
+        total = (total * 31 + int((words.to(torch.int64) * places).sum())) % (2**53 - 111)
+    return total
 
 
 def say(*words: object) -> None:
@@ -114,111 +224,3 @@ def seed_everything(*key: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; at the end it is synced and renamed, so `path` is whole or absent."""
-    path = Path(path)
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes it private
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small text file: whole or absent."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text)
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file. Raises UserError if it is missing or malformed."""
-    try:
-        return json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-
-
-def check_output_dir(folder: Path) -> Path:
-    """Makes the output folder; an unwritable one is an error before any work is done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot write there: {error.strerror}") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Logs
-
-
-class RunLog:
-    """log.txt (one JSON line an epoch) and TensorBoard, on the main process; nothing elsewhere.
-
-    Lines of epochs from `start_epoch` on, and events from `start_step` on, are dropped first: a resumed run writes
-    them anew.
-    """
-
-    def __init__(self, folder: Path, start_epoch: int, start_step: int):
-        self.path = folder / "log.txt"
-        self.writer = None
-        if not is_main_process():
-            return
-        kept = []
-        if start_epoch and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["epoch"] < start_epoch]
-        write_text(self.path, "".join(line + "\n" for line in kept))
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed for --help or --eval
-
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=start_step)
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items() if self.writer else ():
-            self.writer.add_scalar(name, value, step)
-
-    def epoch(self, values: dict[str, Any], step: int) -> None:
-        """Prints the epoch's values, appends them to log.txt as a JSON line, and gives the numbers to TensorBoard."""
-        say(" ".join(f"{key} {value:.5g}" for key, value in values.items()))
-        if self.writer is None:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-        self.scalars({key: value for key, value in values.items() if key != "epoch"}, step)
-
-    def flush(self) -> None:
-        if self.writer is not None:
-            self.writer.flush()
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()

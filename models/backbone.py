@@ -12,7 +12,7 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from checkpoints import load_checkpoint, weights_of
+from files import load_checkpoint, weights_of
 from utils import UserError, first_line, say
 
 # The authors' names for the DeiT models.

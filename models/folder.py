@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from checkpoints import load_checkpoint
-from utils import UserError, atomic_file, read_json, write_text
+from files import atomic_file, load_checkpoint, read_json, write_text
+from utils import UserError
 
 from .backbone import create_backbone, full_widths, load_weights
 from .extraction import extract

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, read_json, write_text
+from files import read_json, write_text
+from utils import UserError
 
 SMALLEST = -1  # the op code of the smallest network, whatever the number of codes
 MAX_OP_CODES = 100_000  # far above any list of units; a file that claims more is refused before it is expanded

@@ -29,7 +29,7 @@ def load_super_network(
     """
     if checkpoint is None:
         raise UserError("--checkpoint is missing: give the super-network's checkpoint_<epoch>.pth")
-    table = MaskTable.load(mask_table or Path(checkpoint).parent / "mask_table.json")
     model = load_backbone(name, model_kwargs, num_classes=num_classes, checkpoint=checkpoint, use_ema=use_ema)
+    table = MaskTable.load(mask_table or Path(checkpoint).parent / "mask_table.json")
     table.check(full_widths(model), name)
     return model, table

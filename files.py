@@ -1,16 +1,87 @@
-"""Checkpoints: tensors and plain Python values only, whole or absent. The one place that writes and reads them."""
+"""What is written and read: files that are whole or absent, checkpoints that are plain data, the log of a run."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import os
 import pickle
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils import UserError, atomic_file, first_line, is_main_process, say
+from utils import UserError, first_line, is_main_process, say
+
+MAX_JSON_BYTES = 8 * 2**20  # the table of a ViT-g with all its op codes takes about 1 MiB
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`; at the end it is synced and renamed, so `path` is whole or absent."""
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp makes it private
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in the folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file: whole or absent."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file. Raises UserError if it is missing, malformed or far too large."""
+    try:
+        size = Path(path).stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise UserError(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that any such file needs")
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raises UserError, before any work is done, where the folder could not be made or written to. Makes nothing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output-dir {folder}: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--output-dir {folder}: no permission to write to {existing}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -126,3 +197,48 @@ def _run_state(path: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"checkpoint {path} holds no training run to resume: it has no {missing[0]}")
     return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logs
+
+
+class RunLog:
+    """log.txt (one JSON line an epoch) and TensorBoard, on the main process; nothing elsewhere.
+
+    Lines of epochs from `start_epoch` on, and events from `start_step` on, are dropped first: a resumed run writes
+    them anew.
+    """
+
+    def __init__(self, folder: Path, start_epoch: int, start_step: int):
+        self.path = folder / "log.txt"
+        self.writer = None
+        if not is_main_process():
+            return
+        # One line an epoch from epoch 0 on, so what comes after is of epochs done again, or was cut short.
+        lines = self.path.read_text().splitlines(keepends=True) if start_epoch and self.path.exists() else []
+        write_text(self.path, "".join(lines[:start_epoch]))
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed for --help or --eval
+
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=start_step)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items() if self.writer else ():
+            self.writer.add_scalar(name, value, step)
+
+    def epoch(self, values: dict[str, Any], step: int) -> None:
+        """Prints the epoch's values, appends them to log.txt as a JSON line, and gives the numbers to TensorBoard."""
+        say(" ".join(f"{key} {value:.5g}" for key, value in values.items()))
+        if self.writer is None:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        self.scalars({key: value for key, value in values.items() if key != "epoch"}, step)
+
+    def flush(self) -> None:
+        if self.writer is not None:
+            self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
