@@ -90,7 +90,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, temporary)
         except RuntimeError as error:  # torch's zip writer reports a full disk so
-            raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"cannot write {path}: the disk may be full ({first_line(error)})") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .extraction import extract
 from .macs import count_macs, count_params
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MAX_DEPTH, MAX_SIZE = 1_000, 1_000_000  # beyond any vision transformer: of sizes in a config, checked before building
 
 
 def save_subnetwork(
@@ -62,8 +64,23 @@ def load_subnetwork(folder: Path) -> tuple[VisionTransformer, dict[str, Any]]:
     for key, width in config["widths"].items():
         if type(width) is not int:
             raise UserError(f"{folder / CONFIG}: widths: {key} is {width!r}, not a whole number")
+    _check_model_kwargs(config["model_kwargs"], folder / CONFIG)
     with torch.device("meta"):  # the structure alone; the weights are read into it
         backbone = create_backbone(config["model"], **config["model_kwargs"])
     model = extract(backbone, config["widths"])
     load_weights(model, load_checkpoint(folder / WEIGHTS), str(folder / WEIGHTS), assign=True)
     return model.eval(), config
+
+
+def _check_model_kwargs(model_kwargs: dict[str, Any], path: Path) -> None:
+    """A config is data from elsewhere: it may shape the network; timm's other arguments name files and hubs."""
+    allowed = inspect.signature(VisionTransformer.__init__).parameters.keys() - {"self", "device", "dtype"}
+    for key, value in model_kwargs.items():
+        if key not in allowed:
+            raise UserError(f"{path}: model_kwargs: {key} does not shape a vision transformer")
+        numbers = value if isinstance(value, list) else [value]
+        largest = MAX_DEPTH if key == "depth" else MAX_SIZE
+        if not all(isinstance(n, int | float | str | None) for n in numbers):
+            raise UserError(f"{path}: model_kwargs: {key} is {value!r}, not a plain value")
+        if any(isinstance(n, int | float) and not -largest <= n <= largest for n in numbers):
+            raise UserError(f"{path}: model_kwargs: {key} is {value}, beyond {largest}")

@@ -18,8 +18,8 @@ def load_super_network(
     model_kwargs: dict[str, Any],
     *,
     checkpoint: Path,
-    mask_table: Path | None,
-    num_classes: int,
+    mask_table: Path | None = None,
+    num_classes: int = 1000,
     use_ema: bool = False,
 ) -> tuple[VisionTransformer, MaskTable]:
     """The full-size model, with the head of its weights, and its table, checked against each other.
