@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from models.backbone import attention_branch, classify, embed, mlp_branch, modules_of
 from models.taylor import TaylorImportance, collect
-from utils import reduce_sum
+from utils import progress_bar, reduce_sum
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 TINY = 1e-12  # a cross-entropy of exactly 0 would divide by 0
@@ -105,5 +105,6 @@ def dimension_importance(model: VisionTransformer, batches: Batches, cost: str =
 
 def importance_of_dims(model: VisionTransformer, batches: Batches) -> dict[str, np.ndarray]:
     """I_i = gamma of the module * alpha of the dim, (width,) for each module with a width."""
-    gamma = module_sensitivity(model, batches).gamma
-    return {key: gamma[key] * alpha for key, alpha in dimension_importance(model, batches).items()}
+    gamma = module_sensitivity(model, progress_bar(batches, "module sensitivity")).gamma
+    alphas = dimension_importance(model, progress_bar(batches, "dimension importance"))
+    return {key: gamma[key] * alpha for key, alpha in alphas.items()}

@@ -11,12 +11,12 @@ from utils import UserError
 
 from .mask_table import MaskTable
 
-UNITS = {"K": 1e3, "M": 1e6, "G": 1e9}
+FACTORS = {"K": 1e3, "M": 1e6, "G": 1e9}
 
 
 def parse_amount(text: str) -> float:
     """ "2.4G" -> 2.4e9; K, M and G are 1e3, 1e6, 1e9. Raises ValueError for anything else."""
-    number, unit = (text[:-1], UNITS[text[-1].upper()]) if text and text[-1].upper() in UNITS else (text, 1.0)
+    number, unit = (text[:-1], FACTORS[text[-1].upper()]) if text and text[-1].upper() in FACTORS else (text, 1.0)
     value = float(number) * unit
     if not 0 < value < float("inf"):
         raise ValueError(f"{text} is not a positive amount")
