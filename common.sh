@@ -16,7 +16,7 @@ EXTRA=${EXTRA:-}              # further flags for the program, as they are
 if [ "$DATA_SET" = digits ]; then
     # 8x8 grey images: a small ViT of timm's, 17 tokens, without the parts of DeiT's augmentation that suit photographs.
     MODEL=${MODEL:-vit_tiny_patch16_224}
-    MODEL_KWARGS=${MODEL_KWARGS:-img_size=8 patch_size=2 in_chans=1 embed_dim=64 depth=6 num_heads=2}
+    MODEL_KWARGS=${MODEL_KWARGS:-img_size=8 patch_size=2 in_chans=1 embed_dim=16 depth=8 num_heads=2}
     NAME=${NAME:-digits}
     BATCH_SIZE=${BATCH_SIZE:-64}
     WORKERS=${WORKERS:-0}

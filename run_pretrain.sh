@@ -9,7 +9,7 @@
 set -eu
 . ./common.sh
 if [ "$DATA_SET" = digits ]; then
-    EPOCHS=${EPOCHS:-60} LR=${LR:-8e-3} EMA_DECAY=${EMA_DECAY:-0}
+    EPOCHS=${EPOCHS:-80} LR=${LR:-1.6e-2} EMA_DECAY=${EMA_DECAY:-0}
 else
     EPOCHS=${EPOCHS:-300} LR=${LR:-5e-4} EMA_DECAY=${EMA_DECAY:-0.99996}
 fi

@@ -10,7 +10,7 @@
 set -eu
 . ./common.sh
 if [ "$DATA_SET" = digits ]; then
-    EPOCHS=${EPOCHS:-60} PROGRESSIVE_EPOCHS=${PROGRESSIVE_EPOCHS:-30} LR=${LR:-4e-3} EMA_DECAY=${EMA_DECAY:-0.99}
+    EPOCHS=${EPOCHS:-100} PROGRESSIVE_EPOCHS=${PROGRESSIVE_EPOCHS:-50} LR=${LR:-1.6e-2} EMA_DECAY=${EMA_DECAY:-0.99}
 else
     case $MODEL in
     *base*) EPOCHS=${EPOCHS:-150} ;;
