@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
+import difflib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.readers.img_extensions import get_img_extensions
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from utils import UserError, first_line, mixed_seed, seed_everything, world
@@ -71,18 +71,19 @@ class Images(Dataset):
             key, index = item
             seed_everything(key)
         index = self.indices[index]
-        image, target = self.source[index]
         try:
-            image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+            image, target = self.source[index]
+            image = image if isinstance(image, Image.Image) else Image.open(image)
             image = image.convert(self.mode)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        except Exception as error:  # PIL and the readers raise many types for a file that is missing or damaged
             raise UserError(f"cannot read image {self._name(index)}: {first_line(error)}") from error
         return (self.transform(image) if self.transform else image), target
 
     def _name(self, index: int) -> str:
-        return (
-            str(self.source.filename(index, absolute=True)) if hasattr(self.source, "filename") else f"number {index}"
-        )
+        if hasattr(self.source, "filename"):  # timm's readers
+            return str(self.source.filename(index, absolute=True))
+        samples = getattr(self.source, "samples", None)  # torchvision's folders
+        return str(samples[index][0]) if samples else f"number {index} of the data set"
 
 
 def open_images(name: str, path: str | None, split: str) -> Images:
@@ -96,16 +97,23 @@ def open_images(name: str, path: str | None, split: str) -> Images:
     if name in FOLDER_NAMES:
         folder = _split_folder(path, split)
         _check_class_folders(folder)
-        # As bytes, since timm passes over an image it cannot open, and we want to name it.
-        source = create_dataset("", root=str(folder), split=split, search_split=False, load_bytes=True)
-        return Images(source, len(source.reader.class_to_idx))
+        reader = create_dataset("", root=str(folder), split=split, search_split=False).reader
+        return Images(reader, len(reader.class_to_idx))
+    if "/" not in name:
+        near = difflib.get_close_matches(name, ("digits", *FOLDER_NAMES), n=1)
+        raise UserError(
+            f"--data-set {name} is not known{f', did you mean {near[0]}?' if near else ''}: "
+            f"digits, {', '.join(FOLDER_NAMES)}, or a name of timm's such as torch/cifar10"
+        )
     try:
         source = create_dataset(name, root=path, split=split)
     except Exception as error:  # each reader has errors of its own, missing packages among them
         raise UserError(f"--data-set {name}: timm cannot open it at {path}: {first_line(error)}") from error
-    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+    if isinstance(source, IterableDataset):
         raise UserError(f"--data-set {name} is read as a stream; a data set with numbered images is needed")
-    classes = getattr(source, "classes", None) or getattr(getattr(source, "reader", None), "class_to_idx", None)
+    # timm's own data set passes over an image that it cannot open: its reader does not, and we want to name it.
+    source = getattr(source, "reader", source)
+    classes = getattr(source, "classes", None) or getattr(source, "class_to_idx", None)
     if classes is None:
         classes = set(getattr(source, "targets", None) or [source[i][1] for i in range(len(source))])
     return Images(source, len(classes))
@@ -138,7 +146,7 @@ def open_splits(name: str, path: str | None, with_val: bool = True) -> tuple[Ima
     if not with_val:
         return train, None
     val = open_images(name, path, "val")
-    maps = [getattr(getattr(images.source, "reader", None), "class_to_idx", None) for images in (train, val)]
+    maps = [getattr(images.source, "class_to_idx", None) for images in (train, val)]
     if maps[0] != maps[1]:
         odd = sorted(maps[0].keys() ^ maps[1].keys())[0]
         raise UserError(f"train/ and val/ differ in their classes: {odd} is in one of them only")

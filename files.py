@@ -64,11 +64,19 @@ def read_json(path: Path) -> Any:
         size = Path(path).stat().st_size
         if size > MAX_JSON_BYTES:
             raise UserError(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that any such file needs")
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(), object_pairs_hook=_without_doubles)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return found
 
 
 def check_output_dir(folder: Path) -> None:
@@ -127,10 +135,9 @@ def weights_of(state: dict[str, Any], path: Path, use_ema: bool = False) -> dict
         raise UserError(f"checkpoint {path} holds no averaged weights (model_ema); leave --eval-ema out")
     names = ["model_ema"] if use_ema else ["model", "state_dict"]
     weights = next((state[name] for name in names if isinstance(state.get(name), dict)), state)
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    if not weights or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
         raise UserError(f"checkpoint {path} holds no weights: expected a state dict, bare or under model / state_dict")
-    return weights
+    return {key.removeprefix("module."): value for key, value in weights.items()}
 
 
 class CheckpointFolder:
@@ -148,7 +155,8 @@ class CheckpointFolder:
         if not is_main_process():
             return
         save_checkpoint(self.folder / f"checkpoint_{epoch}.pth", {**state, "settings": self.settings})
-        for old in self.epochs()[:-2]:
+        # Later epochs in the folder are of another run: they do not count.
+        for old in [e for e in self.epochs() if e <= epoch][:-2]:
             if old != best_epoch and not (self.keep_every and (old + 1) % self.keep_every == 0):
                 (self.folder / f"checkpoint_{old}.pth").unlink()
 

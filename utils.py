@@ -211,8 +211,8 @@ def progress_bar(items: Iterable, label: str, **kwargs: Any) -> tqdm:
 
 
 def mixed_seed(*key: int) -> int:
-    """A 63-bit seed that depends on every number of the key and on their order."""
-    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """A 63-bit seed that depends on every number of the key, on their order and on how many there are."""
+    return int(np.random.SeedSequence([len(key), *key]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def seed_everything(*key: int) -> None:

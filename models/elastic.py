@@ -68,7 +68,10 @@ class ElasticAttention(Attention):
             )
         else:
             scores = (q * w**-0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
-            scores = scores if attn_mask is None else scores + attn_mask
+            if attn_mask is not None and attn_mask.dtype == torch.bool:
+                scores = scores.masked_fill(~attn_mask, float("-inf"))
+            elif attn_mask is not None:
+                scores = scores + attn_mask
             x = self.attn_drop(scores.softmax(dim=-1)) @ v
         x = x.transpose(1, 2).reshape(B, N, H * w)
         return self.proj_drop(F.linear(x, weights["proj.weight"], weights.get("proj.bias")))

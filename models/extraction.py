@@ -27,8 +27,10 @@ def extract(model: VisionTransformer, widths: dict[str, int], share_memory: bool
     memo: dict[int, object] = {id(p): p for p in model.parameters()} if share_memory else {}
     for index, block in enumerate(model.blocks):
         attn, mlp = widths[f"{index}.attn"], widths[f"{index}.mlp"]
-        memo[id(block.attn)] = _cut_attention(block.attn, attn, share_memory) if attn else nn.Identity()
-        memo[id(block.mlp)] = _cut_mlp(block.mlp, mlp, share_memory) if mlp else nn.Identity()
+        if hasattr(block, "attn"):
+            memo[id(block.attn)] = _cut_attention(block.attn, attn, share_memory) if attn else nn.Identity()
+        if hasattr(block, "mlp"):
+            memo[id(block.mlp)] = _cut_mlp(block.mlp, mlp, share_memory) if mlp else nn.Identity()
     small = copy.deepcopy(model, memo)
     for index, block in enumerate(small.blocks):
         bypassed = frozenset(name for name in BRANCHES if not widths[f"{index}.{name}"])
@@ -36,7 +38,7 @@ def extract(model: VisionTransformer, widths: dict[str, int], share_memory: bool
         block.__dict__.pop("bypassed", None)
         if bypassed:
             block.bypassed = bypassed
-        for child in (child for name in bypassed for child in BRANCHES[name]):
+        for child in (child for name in bypassed for child in BRANCHES[name] if hasattr(block, child)):
             delattr(block, child)
     return small.train(model.training)
 

@@ -68,6 +68,7 @@ def load_subnetwork(folder: Path) -> tuple[VisionTransformer, dict[str, Any]]:
     with torch.device("meta"):  # the structure alone; the weights are read into it
         backbone = create_backbone(config["model"], **config["model_kwargs"])
     model = extract(backbone, config["widths"])
+    _check_preprocessing(config["preprocessing"], model, folder / CONFIG)
     load_weights(model, load_checkpoint(folder / WEIGHTS), str(folder / WEIGHTS), assign=True)
     return model.eval(), config
 
@@ -84,3 +85,21 @@ def _check_model_kwargs(model_kwargs: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: model_kwargs: {key} is {value!r}, not a plain value")
         if any(isinstance(n, int | float) and not -largest <= n <= largest for n in numbers):
             raise UserError(f"{path}: model_kwargs: {key} is {value}, beyond {largest}")
+
+
+def _check_preprocessing(preprocessing: dict[str, Any], model: VisionTransformer, path: Path) -> None:
+    def numbers(value: Any, count: int) -> bool:
+        return isinstance(value, list) and len(value) == count and all(isinstance(n, int | float) for n in value)
+
+    size = [model.in_chans, *model.patch_embed.img_size]
+    right = {
+        "input_size": preprocessing.get("input_size") == size,
+        "mean": numbers(preprocessing.get("mean"), model.in_chans),
+        "std": numbers(preprocessing.get("std"), model.in_chans),
+        "crop_pct": numbers([preprocessing.get("crop_pct")], 1),
+        "crop_mode": isinstance(preprocessing.get("crop_mode"), str),
+        "interpolation": isinstance(preprocessing.get("interpolation"), str),
+    }
+    for key, is_right in right.items():
+        if not is_right:
+            raise UserError(f"{path}: preprocessing: {key} is {preprocessing.get(key)!r}, which does not fit the model")

@@ -49,7 +49,9 @@ def count_params(model: VisionTransformer, widths: dict[str, int] | None = None)
     params = sum(p.numel() for p in model.parameters())
     for module in modules_of(model).values() if widths is not None else ():
         block, width = model.blocks[module.block], widths[module.key]
-        if width == 0 and module.width:
+        if module.width == 0:
+            continue
+        if width == 0:
             parts = [getattr(block, name) for name in BRANCHES[module.kind]]
             params -= sum(p.numel() for part in parts for p in part.parameters())
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class MaskTable:
                 raise UserError(
                     f"mask table: {key} does not have the same op codes as the other modules (op code {odd})"
                 )
-        last = len(codes - {SMALLEST}) - 1
+        last = max(len(codes - {SMALLEST}) - 1, 0)
         if codes and codes - {SMALLEST} != set(range(last + 1)):
             missing = min(set(range(last + 1)) - codes)
             raise UserError(f"mask table: op code {missing} is missing")
@@ -122,7 +123,7 @@ class MaskTable:
 
 def _column(key: str, column: Any) -> dict[int, int]:
     """One module's entry, op code -> width, with whole numbers on both sides."""
-    block, _, kind = key.partition(".")
+    block, _, kind = str(key).partition(".")
     if not (block.isdecimal() and block.isascii() and kind in ("attn", "mlp")):
         raise UserError(f'mask table: {key!r} is not a module; keys are like "3.attn" and "3.mlp"')
     if not isinstance(column, dict) or not column:
@@ -131,7 +132,7 @@ def _column(key: str, column: Any) -> dict[int, int]:
         raise UserError(f"mask table: {key} has {len(column)} op codes, more than {MAX_OP_CODES}")
     codes = {}
     for code, width in column.items():
-        if not (code.isdecimal() and code.isascii() and str(int(code)) == code) and code != str(SMALLEST):
+        if not isinstance(code, str) or not re.fullmatch(r"0|[1-9]\d{0,6}|-1", code, re.ASCII):
             raise UserError(f"mask table: {key} has op code {code!r}, which is not a whole number")
         if type(width) is not int:
             raise UserError(f"mask table: {key} has width {width!r} at op code {code}, which is not a whole number")

@@ -1,0 +1,291 @@
+"""What the benchmarks share: arguments, the machine, timing in alternation, peak memory, the table and the JSON."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from models.backbone import create_backbone
+
+ROOT = Path(__file__).resolve().parent.parent
+PROC_STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Row:
+    """One measured thing. at_least: whether `measured` has to reach up to `reach` (else it must not exceed it).
+
+    reach: None for a number shown for comparison only.  bound: what limits it, shown where it is not met.
+    numbers: everything it was computed from.
+    """
+
+    what: str
+    against: str
+    measured: float
+    reach: float | None = None
+    unit: str = "x"
+    at_least: bool = False
+    bound: str = ""
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def met(self) -> bool | None:
+        if self.reach is None:
+            return None
+        return self.measured >= self.reach if self.at_least else self.measured <= self.reach
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments and the machine
+
+
+def make_parser(description: str | None, *, model: str, batch_size: int, repeats: int) -> argparse.ArgumentParser:
+    """A parser with the flags that all benchmarks have, and their defaults."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", default=model, help="timm's name of the backbone, random weights")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=positive, help="threads of PyTorch on the CPU; None: PyTorch's own choice")
+    parser.add_argument("--batch-size", type=positive, default=batch_size, help="images a batch")
+    parser.add_argument("--repeats", type=positive, default=repeats, help="timed rounds; the medians are reported")
+    parser.add_argument("--warmup", type=positive, default=2, help="rounds before the timed ones")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the images")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: CPU time of the process and what it started, steadier with --threads 1 on a machine that others use",
+    )
+    return parser
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:
+    """Checks the device, sets threads and seed. A device that is not there ends the program with exit code 2."""
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: this PyTorch sees no CUDA device; use --device cpu")
+    if args.device.startswith("cuda") and args.clock == "cpu":
+        parser.error("--clock cpu does not see the work of a CUDA device; use --clock wall")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    return torch.device(args.device)
+
+
+def describe_machine(device: torch.device, threads: int | None = None) -> dict[str, Any]:
+    """The machine and the libraries that a measurement holds for; threads: of the processes that do the work."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": threads or torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def random_batch(model: VisionTransformer, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random images (images, C, height, width) of the model's size and random targets (images,)."""
+    size = (images, model.in_chans, *model.patch_embed.img_size)
+    return torch.randn(size, device=device), torch.randint(model.num_classes, (images,), device=device)
+
+
+def make_model(args: argparse.Namespace, device: torch.device) -> VisionTransformer:
+    """The backbone of --model with weights drawn from --seed: each call gives the same ones."""
+    torch.manual_seed(args.seed)
+    return create_backbone(args.model).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device, where it works on its own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cpu_seconds() -> float:
+    """CPU time, user and system, of this process and of those it started that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": cpu_seconds}
+
+
+def alternate(
+    variants: dict[str, Callable[[], Any]],
+    device: torch.device,
+    *,
+    repeats: int,
+    warmup: int,
+    clock: str = "wall",
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each variant, on one of CLOCKS, in each of `repeats` rounds after `warmup` ones.
+
+    A round runs every variant once, every other round in the opposite order, so that a machine that slows down or
+    speeds up meanwhile does so for all of them. `before` runs before the clock starts; what a variant returns is freed
+    after it has stopped.
+    """
+    now = CLOCKS[clock]
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for round_number in range(warmup + repeats):
+        names = list(variants) if round_number % 2 else list(variants)[::-1]
+        for name in names:
+            before()
+            synchronize(device)
+            start = now()
+            result = variants[name]()
+            synchronize(device)
+            elapsed = now() - start
+            del result
+            if round_number >= warmup:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def ratio(seconds: list[float], base: list[float]) -> float:
+    """The median over the rounds of seconds / base: the two of a round were measured next to one another."""
+    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
+
+
+def milliseconds(seconds: list[float]) -> float:
+    """The median, in ms."""
+    return statistics.median(seconds) * 1e3
+
+
+def timing_numbers(seconds: dict[str, list[float]], base: str | None = None) -> dict[str, Any]:
+    """For the JSON: ms of every variant (median, lowest, highest) and, with a base, the ratios of the rounds to it."""
+    numbers: dict[str, Any] = {
+        f"ms_{name}": {"median": milliseconds(values), "lowest": min(values) * 1e3, "highest": max(values) * 1e3}
+        for name, values in seconds.items()
+    }
+    for name, values in seconds.items() if base else ():
+        if name != base:
+            ratios = [a / b for a, b in zip(values, seconds[base], strict=True)]
+            numbers[f"ratio_{name}_to_{base}"] = {
+                "median": statistics.median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+            }
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def in_new_process(function: Callable, *args: Any) -> Any:
+    """What `function(*args)` gives in a fresh interpreter; `function` stands at the top of a module."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def give_memory_back() -> None:
+    """Returns freed memory to the system, where the C library can: what is allocated next is new, not used again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim:
+        trim(0)
+
+
+def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that `work` needs at its peak beyond what is held when it starts.
+
+    On CUDA the allocator counts them. On a CPU it is the resident memory of the process, whose peak can only be told
+    apart from an earlier one where the system lets it be reset; so this belongs in a fresh process.
+    """
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        work()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - held
+    if CLEAR_REFS.exists():
+        with contextlib.suppress(OSError):  # some containers forbid it
+            CLEAR_REFS.write_text("5")  # Linux: the peak becomes what is resident now
+    held = _resident_peak()
+    work()
+    return _resident_peak() - held
+
+
+def _resident_peak() -> int:
+    """Peak resident bytes of this process."""
+    if PROC_STATUS.exists():  # getrusage() would go on counting the peak of the process that started this one
+        line = next(line for line in PROC_STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def report(rows: list[Row], settings: dict[str, Any], machine: dict[str, Any]) -> None:
+    """Prints the table and, as the last line, the JSON object."""
+    for key, value in machine.items():
+        print(f"{key}: {value}")
+    cells = [("what", "against", "measured", "reach", "")] + [_cells(row) for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(4)]
+    print()
+    for line, row in zip(cells, [None, *rows], strict=True):
+        what, against, measured, reach, met = line
+        padded = (what.ljust(widths[0]), against.ljust(widths[1]), measured.rjust(widths[2]), reach.ljust(widths[3]))
+        print("  ".join([*padded, met]).rstrip())
+        if row is not None and row.bound and row.met is False:
+            print(f"    {row.bound}")
+    print()
+    facts = {"benchmark": Path(sys.argv[0]).stem, "machine": machine, "settings": settings}
+    print(json.dumps({**facts, "rows": [_as_json(row) for row in rows]}))
+
+
+def _cells(row: Row) -> tuple[str, str, str, str, str]:
+    met = {True: "met", False: "not met", None: ""}[row.met]
+    return row.what, row.against, f"{row.measured:.4g} {row.unit}".rstrip(), _reach(row), met
+
+
+def _reach(row: Row) -> str:
+    return "" if row.reach is None else f"{'>=' if row.at_least else '<='} {row.reach:g} {row.unit}".rstrip()
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    return {**asdict(row), "reach": _reach(row) or None, "met": row.met}

@@ -1,0 +1,43 @@
+"""The speed of the project's parts against what each is measured by.
+
+Run from the repository root:  python -m benchmarks.speed            (about ten minutes on two cores)
+A quick look, in seconds:      python -m benchmarks.speed --only step --repeats 1 --warmup 1 --batch-size 2
+The proxy set of the paper:    python -m benchmarks.speed --only statistics --images 1024
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.common import Row, describe_machine, make_parser, positive, prepare, report
+from benchmarks.inference import measure_extraction, measure_forward, measure_start
+from benchmarks.training import measure_half_step, measure_statistics, measure_step
+from utils import run_program
+
+PARTS: dict[str, Callable[[argparse.Namespace, torch.device], list[Row]]] = {
+    "statistics": measure_statistics,
+    "step": measure_step,
+    "half-step": measure_half_step,
+    "forward": measure_forward,
+    "extraction": measure_extraction,
+    "start": measure_start,
+}
+
+
+def main() -> None:
+    parser = make_parser(__doc__.splitlines()[0], model="deit_tiny_patch16_224", batch_size=32, repeats=10)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="the parts to measure")
+    parser.add_argument("--images", type=positive, default=128, help="proxy images for the statistics")
+    parser.add_argument("--forward-batch-sizes", type=positive, nargs="+", default=[1, 8, 64], help="for the forward")
+    parser.add_argument("--extraction-model", default="deit_base_patch16_224", help="the backbone to extract from")
+    args = parser.parse_args()
+    device = prepare(args, parser)
+    rows = [row for name in args.only for row in PARTS[name](args, device)]
+    report(rows, vars(args), describe_machine(device))
+
+
+if __name__ == "__main__":
+    run_program(main)

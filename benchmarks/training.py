@@ -1,0 +1,197 @@
+"""Measurements of the passes with gradients: WPAC's statistics and PIAD's steps. See benchmarks.speed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.common import (
+    CLOCKS,
+    Row,
+    alternate,
+    in_new_process,
+    make_model,
+    milliseconds,
+    peak_bytes,
+    random_batch,
+    ratio,
+    synchronize,
+    timing_numbers,
+)
+from benchmarks.sizes import half_widths
+from models.backbone import modules_of
+from models.elastic import make_elastic, set_widths
+from models.extraction import extract
+from models.macs import count_macs, count_params
+from models.taylor import COSTS, collect
+from wpac.statistics import collect_statistics
+
+# ---------------------------------------------------------------------------------------------------------------------
+# WPAC statistics
+
+
+def measure_statistics(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """collect_statistics() against a plain forward and backward over the same batches: time and peak memory."""
+    work = statistics_work(args, device)
+    seconds = alternate(work, device, repeats=args.repeats, warmup=1, clock=args.clock)
+    peaks = {name: in_new_process(statistics_peak, args, name) for name in work}
+    sums = milliseconds(seconds["statistics"]) - milliseconds(seconds["gradients"])
+    images = f"{args.model}, {args.images} images"
+    return [
+        Row(
+            f"WPAC statistics, {images}",
+            "forward + backward, time",
+            ratio(seconds["statistics"], seconds["plain"]),
+            1.15,
+            bound=f"the weighted sums in float64 take {sums:.0f} ms; the same pass with hooks that sum nothing is "
+            f"{ratio(seconds['gradients'], seconds['plain']):.3f} x",
+            numbers=timing_numbers(seconds, "plain"),
+        ),
+        Row(
+            f"WPAC statistics, {images}",
+            "forward + backward, peak memory",
+            peaks["statistics"] / peaks["plain"],
+            1.3,
+            bound=f"with hooks that sum nothing it is {peaks['gradients'] / peaks['plain']:.3f} x",
+            numbers={f"peak_bytes_{name}": peak for name, peak in peaks.items()},
+        ),
+    ]
+
+
+def statistics_work(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Each a pass over the same batches; "gradients" is the pass of the statistics without the statistics."""
+    model = make_model(args, device).eval()
+    images, targets = random_batch(model, args.images, device)
+    batches = list(zip(images.split(args.batch_size), targets.split(args.batch_size), strict=True))
+
+    def plain() -> None:
+        for batch, target in batches:
+            model.zero_grad()
+            COSTS["logit"](model(batch), target).backward()
+        model.zero_grad()
+
+    return {
+        "plain": plain,
+        "statistics": partial(collect_statistics, model, batches),
+        "gradients": partial(collect, model, dict.fromkeys(modules_of(model), NoCollector()), batches, "logit"),
+    }
+
+
+def statistics_peak(args: argparse.Namespace, name: str) -> int:
+    """Peak bytes of one of statistics_work(), beyond the model and the images; called in a process of its own."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    return peak_bytes(statistics_work(args, device)[name], device)
+
+
+class NoCollector:
+    """Takes what tap() feeds and does nothing with it."""
+
+    def update(self, x: Tensor, g: Tensor) -> None:
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PIAD steps
+
+
+class Step:
+    """A training step of a model on one batch: set_widths (of a super-network), forward, loss, backward, AdamW."""
+
+    def __init__(
+        self, model: VisionTransformer, batch: tuple[Tensor, Tensor], device: torch.device, widths: dict | None = None
+    ):
+        """widths: what the super-network `model` is set to at each step; None for a model with no set_widths()."""
+        self.model, self.batch, self.device, self.widths = model.train(), batch, device, widths
+        self.optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-5, weight_decay=0.05)
+        self.phases: dict[str, list[float]] = {}
+
+    def __call__(self, mark: Callable[[str], None] = lambda _phase: None) -> None:
+        images, targets = self.batch
+        if self.widths is not None:
+            set_widths(self.model, self.widths)
+        mark("set_widths")
+        loss = F.cross_entropy(self.model(images), targets)
+        mark("forward")
+        self.optimizer.zero_grad()
+        loss.backward()
+        mark("backward")
+        self.optimizer.step()
+        mark("optimizer")
+
+    def timed(self, clock: Callable[[], float]) -> None:
+        """A step whose phases are timed, each to its end on the device."""
+        synchronize(self.device)
+        last = clock()
+
+        def mark(phase: str) -> None:
+            nonlocal last
+            synchronize(self.device)
+            now = clock()
+            self.phases.setdefault(phase, []).append(now - last)
+            last = now
+
+        self(mark)
+
+    def phase_milliseconds(self) -> dict[str, float]:
+        return {phase: milliseconds(seconds) for phase, seconds in self.phases.items()}
+
+
+def measure_step(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """A PIAD step at full width against the same step of the stock model."""
+    model = make_model(args, device)
+    batch = random_batch(model, args.batch_size, device)
+    widths = {key: module.width for key, module in modules_of(model).items()}
+    super_network = make_elastic(make_model(args, device))
+    name = f"PIAD step, full width, {args.model}, batch {args.batch_size}"
+    step, base = Step(super_network, batch, device, widths), Step(model, batch, device)
+    return [_compared_steps(args, device, name, "stock model's step", step, base, reach=1.05)]
+
+
+def measure_half_step(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """A PIAD step at half the MACs against the same step of the extracted model of those widths."""
+    rows = []
+    for kind, widths in half_widths(make_model(args, device)).items():
+        super_network = make_elastic(make_model(args, device))
+        batch = random_batch(super_network, args.batch_size, device)
+        small = extract(super_network, widths)
+        share = count_macs(small) / count_macs(super_network)
+        name = f"PIAD step, half the MACs, {kind}, {args.model}, batch {args.batch_size}"
+        step, base = Step(super_network, batch, device, widths), Step(small, batch, device)
+        row = _compared_steps(args, device, name, "extracted model's step", step, base, reach=1.10)
+        row.numbers |= {
+            "macs_share": share,
+            "widths": widths,
+            "params": count_params(super_network),
+            "params_extracted": count_params(small),
+        }
+        rows.append(row)
+    return rows
+
+
+def _compared_steps(
+    args: argparse.Namespace, device: torch.device, what: str, against: str, step: Step, base: Step, reach: float
+) -> Row:
+    rounds = {"repeats": args.repeats, "warmup": args.warmup, "clock": args.clock}
+    seconds = alternate({"step": step, "base": base}, device, **rounds)
+    timed = {"step": partial(step.timed, CLOCKS[args.clock]), "base": partial(base.timed, CLOCKS[args.clock])}
+    alternate(timed, device, repeats=max(3, args.repeats // 3), warmup=0)
+    phases, base_phases = step.phase_milliseconds(), base.phase_milliseconds()
+    more = ", ".join(f"{phase} {phases[phase] - base_phases[phase]:+.1f}" for phase in phases)
+    return Row(
+        what,
+        against,
+        ratio(seconds["step"], seconds["base"]),
+        reach,
+        bound=f"of {milliseconds(seconds['base']):.1f} ms, ms more or less in: {more}",
+        numbers=timing_numbers(seconds, "base") | {"phases_ms_step": phases, "phases_ms_base": base_phases},
+    )

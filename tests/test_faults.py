@@ -1,0 +1,328 @@
+"""Real processes, real signals: stopped or broken anywhere, a run loses nothing and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from faults import FORK, Ended, Fault, Started, differences, make_run, resume, run, scalars, torchrun
+from tiny import random_backbone, random_data
+
+from engine import Training, train_one_epoch
+from files import load_checkpoint
+from models.elastic import make_elastic
+from piad.progressive import ProgressiveDropout
+
+REFRESH = "piad.importance:dimension_importance"
+LOSS = "timm.loss:SoftTargetCrossEntropy.forward"
+AFTER_STEP = "engine:Run._after_step"
+
+
+@dataclass(frozen=True)
+class Unhurt:
+    """A run that nothing happens to: its arguments, and what it left. `pair` is the same in two processes."""
+
+    arguments: list[str]
+    folder: Path
+    pair_arguments: list[str]
+    pair: Path
+
+
+@pytest.fixture(scope="module")
+def unhurt(tmp_path_factory: pytest.TempPathFactory) -> Unhurt:
+    folder = tmp_path_factory.mktemp("unhurt")
+    arguments = make_run(folder)
+    pair_arguments = [*arguments, "--batch-size", "24"]
+    pair = Started(folder / "pair", pair_arguments, processes=2)
+    assert run(folder / "alone", arguments).codes == [0]
+    assert pair.wait().codes == [0, 0]
+    return Unhurt(arguments, folder / "alone", pair_arguments, folder / "pair")
+
+
+def assert_goes_on(folder: Path, unhurt: Unhurt, place: str | None, *faults: Fault, processes: int = 1) -> None:
+    """A resumed run begins at `place` ("epoch 1, step 2", None = anew) and leaves what the unhurt run left."""
+    arguments, expected = (unhurt.arguments, unhurt.folder) if processes == 1 else (unhurt.pair_arguments, unhurt.pair)
+    ended = resume(folder, arguments, *faults, processes=processes)
+    assert (set(ended.codes), ended.error) == ({0}, "")
+    last = next(line for line in ended.out.splitlines() if not line.startswith("passing over"))
+    assert last.endswith(f": {place}" if place else "to resume: a fresh start")
+    assert differences(folder, expected) == []
+
+
+def test_an_unhurt_run_leaves_every_step_once(unhurt: Unhurt):
+    """What the others are held against is what it should be, and what is drawn is drawn anew at each step."""
+    for folder in (unhurt.folder, unhurt.pair):
+        steps = {tag: [step for step, _ in values] for tag, values in scalars(folder).items()}
+        assert steps["loss"] == steps["op_code"] == list(range(15))
+        assert steps["train_loss"] == steps["top1_full"] == [4, 9, 14]
+        assert [json.loads(line)["epoch"] for line in (folder / "log.txt").read_text().splitlines()] == [0, 1, 2]
+        assert len({value for _, value in scalars(folder)["loss"]}) == 15
+    sizes = [len(load_checkpoint(unhurt.folder / f"checkpoint_{epoch}.pth")["mask_table"]["0.mlp"]) for epoch in (1, 2)]
+    assert sizes[0] == sizes[1] > 10
+    assert differences(unhurt.folder, unhurt.pair) != []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Where a run is killed, and from where it has to go on (None: there is no checkpoint yet)."""
+
+    name: str
+    fault: Fault
+    place: str | None
+
+
+KILLS = [
+    Kill("in the first importance refresh", Fault(REFRESH), None),
+    Kill("inside a step", Fault(LOSS, 9), "epoch 1, step 2"),
+    Kill("between backward and step", Fault("torch.optim:AdamW.step", 10), "epoch 1, step 4"),
+    Kill("between step and averaged weights", Fault("timm.utils:ModelEmaV3.update", 4), "epoch 0, step 2"),
+    Kill("while a checkpoint is written", Fault("torch:save", 5, "tear"), "epoch 1, step 2"),
+    Kill("between checkpoint and its place", Fault("files:sync_folder", 4), "epoch 0, step 4"),
+    Kill("between checkpoint and table", Fault("piad.mask_table:MaskTable.save", 4), "epoch 1, step 2"),
+    Kill("between checkpoint and deletion", Fault("files:CheckpointFolder.epochs", 7), "epoch 2, step 2"),
+    Kill("during the importance refresh", Fault(REFRESH, 2), "epoch 1, step 0"),
+    Kill("at an epoch's end, evaluating", Fault("engine:evaluate", 4), "epoch 1, step 4"),
+    Kill("at an epoch's end, logged and not saved", Fault("files:RunLog.flush", 6), "epoch 1, step 4"),
+]
+
+
+@pytest.mark.parametrize("kill", KILLS, ids=[kill.name for kill in KILLS])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(kill: Kill, unhurt: Unhurt, tmp_path: Path):
+    folder = tmp_path / "run"
+    assert run(folder, unhurt.arguments, kill.fault).code == -signal.SIGKILL
+    # An epoch entered in its middle is not refreshed again: there is no later epoch that would be.
+    never = [Fault(REFRESH)] if kill.place and kill.place > "epoch 1, step 0" else []
+    assert_goes_on(folder, unhurt, kill.place, *never)
+
+
+@pytest.mark.parametrize(("damaged", "place"), [(1, "epoch 2, step 0"), (2, None)])
+def test_a_checkpoint_that_is_not_whole_is_passed_over(
+    damaged: int, place: str | None, unhurt: Unhurt, tmp_path: Path
+):
+    """As a power cut may leave it: the newest checkpoints, the log and the events all end too early."""
+    folder = tmp_path / "run"
+    shutil.copytree(unhurt.folder, folder)
+    for epoch in (2, 1)[:damaged]:
+        path = folder / f"checkpoint_{epoch}.pth"
+        os.truncate(path, path.stat().st_size - 1000)
+    (events,) = (folder / "tensorboard").iterdir()
+    for path in (folder / "log.txt", events):
+        os.truncate(path, path.stat().st_size - 10)
+    assert_goes_on(folder, unhurt, place)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asked to stop
+
+
+STOPS = [
+    Kill("SIGTERM inside a step", Fault(LOSS, 9, "signal", "SIGTERM"), "epoch 1, step 4"),
+    Kill("SIGUSR1 inside a step", Fault(LOSS, 8, "signal", "SIGUSR1"), "epoch 1, step 3"),
+    Kill("SIGTERM in the first importance refresh", Fault(REFRESH, 1, "signal", "SIGTERM"), "epoch 0, step 0"),
+    Kill("SIGTERM during the importance refresh", Fault(REFRESH, 2, "signal", "SIGTERM"), "epoch 1, step 0"),
+    Kill("SIGUSR1 while a checkpoint is written", Fault("torch:save", 5, "signal", "SIGUSR1"), "epoch 1, step 4"),
+    Kill("SIGTERM at an epoch's end, evaluating", Fault("engine:evaluate", 3, "signal", "SIGTERM"), "epoch 1, step 5"),
+]
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=[stop.name for stop in STOPS])
+def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(stop: Kill, unhurt: Unhurt, tmp_path: Path):
+    folder = tmp_path / "run"
+    ended = run(folder, unhurt.arguments, stop.fault)
+    assert (ended.code, ended.error) == (0, "")
+    assert ended.seconds < 30
+    assert ended.out.splitlines()[-1] == (
+        f"main.py: stopped by {stop.fault.value} at {stop.place}, saved; the same command with --resume auto goes on"
+    )
+    assert_goes_on(folder, unhurt, stop.place)
+
+
+def test_a_run_whose_process_is_sent_a_signal_stops(unhurt: Unhurt, tmp_path: Path):
+    """From outside, at any moment of the training."""
+    started = Started(tmp_path / "run", unhurt.arguments)
+    while not (tmp_path / "run" / "checkpoint_0.pth").exists():
+        assert started.alive()
+        time.sleep(0.01)
+    started.kill(number=signal.SIGTERM)
+    ended = started.wait(30)
+    assert (ended.code, ended.error) == (0, "")
+    place = re.search(r"stopped by SIGTERM at (.*), saved", ended.out)[1]
+    assert_goes_on(tmp_path / "run", unhurt, place)
+
+
+def test_a_signal_to_one_rank_stops_all(unhurt: Unhurt, tmp_path: Path):
+    fault = Fault(LOSS, 9, "signal", "SIGUSR1", rank=1)
+    ended = run(tmp_path / "run", unhurt.pair_arguments, fault, processes=2)
+    assert (ended.codes, ended.error) == ([0, 0], "")
+    assert "stopped by a signal to another rank at epoch 1, step 4, saved" in ended.out
+    assert_goes_on(tmp_path / "run", unhurt, "epoch 1, step 4", processes=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks
+
+
+def test_a_killed_rank_is_restarted_and_nothing_differs(unhurt: Unhurt, tmp_path: Path):
+    done = torchrun(tmp_path / "run", unhurt.pair_arguments, Fault("torch.optim:AdamW.step", 8, rank=1))
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    first, second, *_ = (line for line in done.stdout.splitlines() if "resum" in line)
+    assert first.endswith("to resume: a fresh start") and second.endswith(": epoch 1, step 2")
+    assert differences(tmp_path / "run", unhurt.pair) == []
+
+
+@pytest.mark.parametrize(("what", "said"), [("perturb", "the weights"), ("cut table", "the mask tables")])
+def test_a_rank_that_differs_is_named(what: str, said: str, unhurt: Unhurt, tmp_path: Path):
+    """At the end of the epoch in which it began to."""
+    fault = Fault(AFTER_STEP, 7, what, 1e-6, rank=1)
+    ended = run(tmp_path / "run", unhurt.pair_arguments, fault, processes=2)
+    assert ended.codes == [2, 2]
+    assert f"{said} of rank 1 differ from those of rank 0: the run stops" in ended.one_line()
+    assert len((tmp_path / "run" / "log.txt").read_text().splitlines()) == 1
+    assert load_checkpoint(tmp_path / "run" / "checkpoint_0.pth")["epoch"] == 1
+
+
+def test_what_goes_wrong_on_all_ranks_is_said_once(unhurt: Unhurt, tmp_path: Path):
+    ended = run(tmp_path / "run", unhurt.pair_arguments, Fault(LOSS, 8, "multiply", float("nan")), processes=2)
+    assert ended.codes == [2, 2]
+    assert "loss is nan at epoch 1, step 2" in ended.one_line()
+
+
+def test_a_users_mistake_on_one_rank_ends_all(unhurt: Unhurt, tmp_path: Path):
+    ended = run(tmp_path / "run", unhurt.pair_arguments, Fault(LOSS, 8, "raise", "UserError", rank=1), processes=2)
+    assert ended.codes == [2, 2]
+    assert ended.errors[1] == "main.py: error: this went wrong\n"
+    assert ended.errors[0] == "main.py: error: rank 0 stops because another rank is gone; its own message says why\n"
+    assert ended.seconds < 60
+    assert_goes_on(tmp_path / "run", unhurt, "epoch 1, step 2", processes=2)
+
+
+def test_a_mistake_of_ours_on_one_rank_ends_all(unhurt: Unhurt, tmp_path: Path):
+    """Its traceback is needed; those of the other ranks, which fail because of it, would hide it."""
+    ended = run(tmp_path / "run", unhurt.pair_arguments, Fault(LOSS, 8, "raise", "ValueError", rank=1), processes=2)
+    assert ended.codes == [2, 1]
+    assert ended.errors[1].count("Traceback") == ended.errors[1].count("ValueError: this went wrong") == 1
+    assert ended.errors[0] == "main.py: error: rank 0 stops because another rank is gone; its own message says why\n"
+    assert ended.seconds < 60
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def test_a_loss_that_is_no_number_stops_the_run(unhurt: Unhurt, tmp_path: Path):
+    ended = run(tmp_path / "run", unhurt.arguments, Fault(LOSS, 8, "multiply", float("nan")))
+    op_code = int(dict(scalars(unhurt.folder)["op_code"])[7])
+    lr = dict(scalars(unhurt.folder)["lr"])[9]
+    assert f"loss is nan at epoch 1, step 2, op code {op_code}, learning rate {lr:.3g}: " in ended.one_line()
+    assert_goes_on(tmp_path / "run", unhurt, "epoch 1, step 2")
+
+
+def test_steps_that_float16_skips_are_counted_over_a_resumption(unhurt: Unhurt, tmp_path: Path):
+    """A loss so large that its gradients overflow, in the third step and in the sixth."""
+    arguments = [*unhurt.arguments, "--amp", "float16"]
+    overflows = [Fault(LOSS, call, "multiply", 1e34) for call in (3, 6)]
+    assert run(tmp_path / "whole", arguments, *overflows).code == 0
+    lines = (tmp_path / "whole" / "log.txt").read_text().splitlines()
+    assert [json.loads(line)["skipped_steps"] for line in lines] == [1, 2, 2]
+    assert run(tmp_path / "run", arguments, *overflows, Fault(LOSS, 9)).code == -signal.SIGKILL
+    assert resume(tmp_path / "run", arguments).code == 0
+    assert differences(tmp_path / "run", tmp_path / "whole") == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot be written
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MB: room for the whole run, and soon filled."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def assert_says_what_was_not_written(ended: Ended, folder: Path, name: str, epochs: list[int]) -> None:
+    """One line and exit code 2; the checkpoints before it are whole, and there is nothing that is half."""
+    assert f"cannot write {name.format(folder)}: " in ended.one_line()
+    assert sorted(path.name for path in folder.glob("*.pth")) == [f"checkpoint_{epoch}.pth" for epoch in epochs]
+    for path in folder.glob("*.pth"):
+        load_checkpoint(path)
+    assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("at", "call", "name", "epochs", "place"),
+    [
+        ("files:RunLog.__init__", 1, "to the output folder", [], None),
+        ("torch:save", 4, "{}/checkpoint_1.pth", [0], "epoch 1, step 0"),
+        ("piad.mask_table:MaskTable.save", 4, "{}/mask_table.json", [0, 1], "epoch 1, step 2"),
+        ("files:RunLog.epoch", 2, "{}/checkpoint_1.pth", [0, 1], "epoch 1, step 4"),
+        (LOSS, 9, "{}/checkpoint_1.pth", [0, 1], "epoch 1, step 2"),
+    ],
+    ids=["at the start", "saving", "between checkpoint and table", "logging", "in a step"],
+)
+def test_a_full_disk(at, call, name, epochs, place, small_disk: Path, unhurt: Unhurt):
+    folder = small_disk / "run"
+    folder.mkdir()
+    ended = run(folder, unhurt.arguments, Fault(at, call, "fill the disk", str(folder)))
+    assert_says_what_was_not_written(ended, folder, name, epochs)
+    (folder / "ballast").unlink()
+    assert_goes_on(folder, unhurt, place)
+
+
+def test_a_quota(unhurt: Unhurt, tmp_path: Path):
+    folder = tmp_path / "run"
+    ended = run(folder, unhurt.arguments, Fault("torch:save", 4, "limit file size", 200_000))
+    assert_says_what_was_not_written(ended, folder, "{}/checkpoint_1.pth", [0])
+    assert_goes_on(folder, unhurt, "epoch 1, step 0")
+
+
+@pytest.mark.parametrize(
+    ("at", "call", "name", "epochs", "place"),
+    [
+        ("files:CheckpointFolder.to_resume", 1, "{}/log.txt", [], None),
+        ("files:CheckpointFolder.save", 4, "{}/checkpoint_1.pth", [0], "epoch 1, step 0"),
+        ("files:RunLog.epoch", 2, "{}/log.txt", [0, 1], "epoch 1, step 4"),
+    ],
+    ids=["at the start", "saving", "logging"],
+)
+def test_no_permission(at, call, name, epochs, place, unhurt: Unhurt, tmp_path: Path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    ended = run(folder, unhurt.arguments, Fault(at, call, "take permission", str(folder)))
+    folder.chmod(0o755)
+    assert_says_what_was_not_written(ended, folder, name, epochs)
+    assert_goes_on(folder, unhurt, place)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Long runs
+
+
+def test_a_data_loading_process_that_dies_ends_the_run(unhurt: Unhurt, tmp_path: Path):
+    folder = tmp_path / "run"
+    fault = Fault("timm.data:Mixup.__call__", 3, "kill workers")
+    ended = run(folder, [*unhurt.arguments, "--workers", "1"], fault)
+    assert "a data loading process died" in ended.one_line()
+    assert ended.seconds < 60
+    assert_goes_on(folder, unhurt, "epoch 0, step 2")

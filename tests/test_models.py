@@ -1,0 +1,272 @@
+"""The backbone: which models are taken, how their modules are named, loading; and MACs and parameters."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import Attention
+from tiny import SHAPE, VARIANTS, masked_logits, random_backbone, random_data, relative, some_widths, widths_strategy
+from torch import Tensor, nn
+
+from models.backbone import (
+    ALIASES,
+    Module,
+    check_plain,
+    check_widths,
+    classify,
+    create_backbone,
+    embed,
+    fit_head,
+    full_widths,
+    load_backbone,
+    load_weights,
+    modules_of,
+)
+from models.extraction import extract
+from models.macs import count_macs, count_params, macs_per_dim, tokens_of
+from utils import UserError
+
+TINY = {key: value for key, value in SHAPE.items() if key != "num_classes"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbones
+
+
+def test_the_authors_names_mean_the_deit_models():
+    assert ALIASES.keys() == {"vit_tiny", "vit_small", "vit_base"}
+    small = {"img_size": 32, "depth": 1, "num_classes": 3}
+    for alias, heads in (("vit_tiny", 3), ("vit_small", 6), ("vit_base", 12)):
+        with torch.device("meta"):
+            model = create_backbone(alias, **small)
+            deit = timm.create_model(f"deit_{alias.removeprefix('vit_')}_patch16_224", **small)
+        assert model.default_cfg == deit.default_cfg
+        assert model.blocks[0].attn.num_heads == heads
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("deit_tiny_patch16", "deit_tiny_patch16_224"), ("vit_tinny", "vit_tiny"), ("????", "deit_tiny_patch16_224")],
+)
+def test_an_unknown_model_name_is_met_with_near_ones(name, near):
+    with pytest.raises(UserError, match=r"unknown model .*near names: .*") as caught:
+        create_backbone(name)
+    assert near in str(caught.value).split("near names: ")[1].split(", ")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [
+        ("resnet18", {}, "it is a ResNet"),
+        ("swin_tiny_patch4_window7_224", {}, "it is a SwinTransformer"),
+        ("vit_tiny_patch16_224", {**TINY, "global_pool": "map", "class_token": False}, "pools with attention"),
+        ("vit_tiny_patch16_224", {**TINY, "qk_norm": True}, "block 0 has a norm inside its attention"),
+        ("vit_tiny_patch16_224", {**TINY, "scale_attn_norm": True}, "block 0 has a norm inside its attention"),
+        ("vit_tiny_patch16_224", {**TINY, "scale_mlp_norm": True}, "block 0 has a Mlp of another kind"),
+        ("vit_tiny_patch16_224", {**TINY, "attn_layer": "diff"}, "block 0 has a DiffAttention of another kind"),
+        (
+            "vit_tiny_patch16_224",
+            {**TINY, "mlp_layer": timm.layers.SwiGLUPacked},
+            "block 0 has a GluMlp of another kind",
+        ),
+        (
+            "vit_tiny_patch16_224",
+            {**TINY, "block_fn": timm.models.vision_transformer.ResPostBlock},
+            "block 0 is a ResPostBlock",
+        ),
+    ],
+)
+def test_a_model_that_is_not_a_plain_vit_is_refused_with_the_reason(name, arguments, reason):
+    message = f"{name} is not a plain vision transformer .*{reason}"
+    with torch.device("meta"), pytest.raises(UserError, match=message):
+        create_backbone(name, **arguments)
+
+
+def test_a_gated_attention_is_refused(backbone):
+    backbone.blocks[1].attn = Attention(48, num_heads=3, gated=True)
+    with pytest.raises(UserError, match="block 1 has a Attention of another kind"):
+        check_plain(backbone, "this model")
+
+
+def test_bad_model_arguments_are_one_line():
+    with pytest.raises(UserError, match=r"timm could not make deit_tiny.* with {'colour': 3}: .*colour") as caught:
+        create_backbone("vit_tiny", colour=3)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_variant_is_taken_and_runs_in_parts_as_it_runs_whole(any_backbone, data):
+    check_plain(any_backbone, "this model")
+    x = embed(any_backbone, data[0])
+    assert x.shape == (8, tokens_of(any_backbone), any_backbone.embed_dim)
+    assert torch.equal(classify(any_backbone, any_backbone.blocks(x)), any_backbone(data[0]))
+
+
+def test_modules_in_running_order():
+    model = random_backbone("one_head")
+    expected = []
+    for block in range(3):
+        expected.append(Module(f"{block}.attn", block, "attn", width=16, heads=1, dim=16))
+        expected.append(Module(f"{block}.mlp", block, "mlp", width=64, heads=1, dim=16))
+    assert list(modules_of(model).values()) == expected
+    assert list(modules_of(model)) == [module.key for module in expected]
+    widths = some_widths(model)
+    assert full_widths(extract(model, widths)) == widths
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"0.attn": 17}, "0.attn is 17, outside 0..16"),
+        ({"1.mlp": -1}, "1.mlp is -1, outside 0..192"),
+        ({"1.mlp": None}, "module 1.mlp is missing"),
+        ({"2.attn": 4}, "module 2.attn is not in the model"),
+    ],
+)
+def test_widths_that_do_not_fit_are_named(backbone, change, message):
+    widths = {key: value for key, value in (full_widths(backbone) | change).items() if value is not None}
+    with pytest.raises(UserError, match=message):
+        check_widths(backbone, widths)
+
+
+def test_load_weights_is_strict_and_names_the_first_key_that_differs(backbone):
+    weights = random_backbone(seed=5).state_dict()
+    load_weights(backbone, weights, "this file")
+    assert all(torch.equal(value, weights[key]) for key, value in backbone.state_dict().items())
+
+    first, second = "blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight"
+    bad = weights | {second: torch.zeros(1), first: torch.zeros(191, 48)}
+    with pytest.raises(UserError, match=rf"this file is of another .*: {first} is \(191, 48\) there, \(192, 48\) in"):
+        load_weights(backbone, bad, "this file")
+    with pytest.raises(UserError, match=r"norm.bias is absent there, \(48,\) in the model"):
+        load_weights(backbone, {key: value for key, value in weights.items() if key != "norm.bias"}, "this file")
+    with pytest.raises(UserError, match=r"extra is \(2,\) there, absent in the model"):
+        load_weights(backbone, weights | {"extra": torch.zeros(2)}, "this file")
+    assert all(torch.equal(value, weights[key]) for key, value in backbone.state_dict().items())
+
+
+def test_load_weights_into_the_structure_of_a_model(backbone, data):
+    with torch.device("meta"):
+        empty = create_backbone(VARIANTS["plain"][0], **SHAPE)
+    load_weights(empty, backbone.state_dict(), "this file", assign=True)
+    assert torch.equal(empty.eval()(data[0]), backbone(data[0]))
+
+
+def test_load_backbone_takes_the_head_of_its_weights(tmp_path, backbone, data):
+    file = tmp_path / "weights.pth"
+    torch.save({"model": backbone.state_dict(), "model_ema": random_backbone(seed=3).state_dict()}, file)
+    name = VARIANTS["plain"][0]
+    for use_ema, seed in ((False, 0), (True, 3)):
+        model = load_backbone(name, TINY, num_classes=99, checkpoint=file, use_ema=use_ema)
+        expected = random_backbone(seed=seed, dtype=torch.float32)
+        assert torch.equal(model.eval()(data[0].float()), expected(data[0].float()))
+    assert load_backbone(name, TINY, num_classes=99).num_classes == 99
+    with pytest.raises(UserError, match=r"weights\.pth is of another architecture: pos_embed"):
+        load_backbone(name, TINY | {"patch_size": 16}, num_classes=7, checkpoint=file)
+
+
+def test_fit_head(capsys, data):
+    for variant in ("plain", "distilled"):
+        model = random_backbone(variant)
+        head = model.head
+        fit_head(model, 7, remake=False)
+        assert model.head is head
+        with pytest.raises(UserError, match="the model has 7 classes, the data has 5"):
+            fit_head(model, 5, remake=False)
+        assert model.head is head
+        assert capsys.readouterr().out == ""
+        fit_head(model, 5, remake=True)
+        assert "new head: 7 classes in the weights, 5 in the data" in capsys.readouterr().out
+        assert model(data[0]).shape == (8, 5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MACs and parameters
+
+
+def counted_by_hooks(model: nn.Module, convention: str) -> int:
+    """Multiplications of every Linear and Conv2d that runs on one image; `full` adds the two products of attention."""
+    macs = 0
+
+    def linear(module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        nonlocal macs
+        macs += output.numel() * module.in_features
+
+    def convolution(module: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
+        nonlocal macs
+        macs += output.numel() * module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+
+    def products(module: Attention, inputs: tuple[Tensor], output: Tensor) -> None:
+        nonlocal macs
+        tokens, dims = inputs[0].shape[1], module.qkv.out_features // 3
+        macs += 2 * tokens * tokens * dims
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(linear)
+        elif isinstance(module, nn.Conv2d):
+            module.register_forward_hook(convolution)
+        elif isinstance(module, Attention) and convention == "full":
+            module.register_forward_hook(products)
+    model(random_data(1)[0])
+    return macs
+
+
+@pytest.mark.parametrize(("name", "paper"), [("deit_base", 16.88e9), ("deit_small", 4.26e9), ("deit_tiny", 1.08e9)])
+def test_macs_of_deit_are_the_papers(name, paper):
+    with torch.device("meta"):
+        model = create_backbone(f"{name}_patch16_224")
+    assert abs(count_macs(model) - paper) <= 0.005 * paper
+    assert count_macs(model, convention="full") == count_macs(model) + 12 * 2 * 197**2 * model.embed_dim
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("convention", ["linear", "full"])
+def test_macs_and_parameters_equal_what_is_counted_on_the_extracted_model(variant, convention):
+    model = random_backbone(variant)
+
+    @settings(max_examples=12)
+    @given(widths_strategy(full_widths(model)))
+    def check(widths):
+        small = extract(model, widths)
+        counted = counted_by_hooks(small, convention)
+        assert count_macs(small, convention=convention) == counted
+        assert count_macs(model, widths, convention) == counted
+        params = sum(parameter.numel() for parameter in small.parameters())
+        assert count_params(small) == params
+        assert count_params(model, widths) == params
+
+    check()
+
+
+def test_macs_per_dim_is_the_price_of_one_more_dim(any_backbone):
+    full = full_widths(any_backbone)
+    for convention in ("linear", "full"):
+        for key, module in modules_of(any_backbone).items():
+            less = count_macs(any_backbone, full | {key: full[key] - 1}, convention)
+            price = macs_per_dim(module, tokens_of(any_backbone), convention)
+            assert count_macs(any_backbone, convention=convention) - less == price > 0
+
+
+def test_sizes_of_a_sub_network_of_a_sub_network(backbone):
+    """Counted on a model whose branches are gone already, as on one that has them."""
+    widths = some_widths(backbone)
+    small = extract(backbone, widths)
+    assert count_macs(small, widths) == count_macs(backbone, widths)
+    assert count_params(small, widths) == count_params(backbone, widths)
+
+
+def test_an_unknown_macs_convention_is_an_error(backbone):
+    with pytest.raises(ValueError, match="'flops' is not one of"):
+        count_macs(backbone, convention="flops")
+
+
+@settings(max_examples=10)
+@given(st.data())
+def test_the_reference_of_the_cut_tests_is_exact_at_full_width(draw):
+    """Masks of ones and no hook: masked_logits is then timm's own forward."""
+    model = random_backbone(draw.draw(st.sampled_from(sorted(VARIANTS))))
+    images, _ = random_data(2)
+    assert relative(masked_logits(model, full_widths(model), images), model(images)) == 0

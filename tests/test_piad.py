@@ -1,0 +1,354 @@
+"""PIAD: importance, the order in which units leave, the list that grows, and the draw of a sub-network."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import all_statistics
+from scipy import stats
+from sklearn.isotonic import IsotonicRegression
+from tiny import VARIANTS, activations, batches, random_backbone, random_data, some_widths
+from torch import nn
+from torch.nn import functional as F
+
+from models.backbone import Module, create_backbone, full_widths, modules_of
+from models.extraction import extract
+from piad.dropout_list import UNITS, grow, leaving_order, pool_units, unit_sizes
+from piad.importance import dimension_importance, importance_of_dims, module_sensitivity
+from piad.mask_table import MaskTable
+from piad.sampling import draw_op_code
+from utils import UserError
+
+# Round numbers are drawn often: they make equal densities.
+DENSITIES = st.one_of(st.integers(0, 4).map(float), st.floats(0, 1e3, allow_subnormal=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The order in which units leave
+
+
+@settings(max_examples=200)
+@given(st.lists(DENSITIES, min_size=1, max_size=32), st.integers(1, 10**6))
+def test_pooling_is_isotonic_regression(importance, macs):
+    pools = pool_units(np.array(importance), macs)
+    assert sum(count for count, _ in pools) == len(importance)
+    assert all(count > 0 for count, _ in pools)
+    found = np.repeat([density for _, density in pools], [count for count, _ in pools])
+    tail_to_head = np.array(importance[::-1]) / macs
+    expected = IsotonicRegression().fit_transform(np.arange(len(importance)), tail_to_head)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * max(tail_to_head.max(), 1e-300))
+    assert (np.diff([density for _, density in pools]) >= 0).all()
+
+
+def test_units_that_need_no_pooling_leave_one_by_one():
+    assert pool_units(np.array([8.0, 6.0, 6.0, 2.0]), 2) == [(1, 1.0), (1, 3.0), (1, 3.0), (1, 4.0)]
+    assert pool_units(np.array([1.0, 2.0, 6.0]), 1) == [(3, 3.0)]
+    assert pool_units(np.array([9.0, 1.0, 3.0]), 1) == [(2, 2.0), (1, 9.0)]
+
+
+@st.composite
+def networks(draw):
+    """(widths, importance of each dim, dims in a unit, MACs of a dim) of one to six modules, some cut or gone."""
+    widths, importance, sizes, macs = {}, {}, {}, {}
+    for block, kind in itertools.product(range(draw(st.integers(1, 3))), ("attn", "mlp")):
+        key = f"{block}.{kind}"
+        sizes[key] = draw(st.integers(1, 3))
+        widths[key] = sizes[key] * draw(st.integers(0, 6))
+        macs[key] = draw(st.integers(1, 20))
+        if widths[key]:
+            importance[key] = np.array(draw(st.lists(DENSITIES, min_size=widths[key], max_size=widths[key])))
+    return widths, importance, sizes, macs
+
+
+@given(networks())
+def test_no_unit_leaves_before_those_behind_it(network):
+    widths, importance, sizes, macs = network
+    left = dict(widths)
+    steps = leaving_order(widths, importance, sizes, macs)
+    for step in steps:
+        assert step.dims > 0
+        assert step.dims % sizes[step.key] == 0
+        # What leaves is the tail of what is left, and the density is that of these very dims.
+        leaving = importance[step.key][left[step.key] - step.dims : left[step.key]]
+        assert step.density == pytest.approx(leaving.sum() / (step.dims * macs[step.key]), rel=1e-9, abs=1e-12)
+        left[step.key] -= step.dims
+    assert not any(left.values())
+    assert [step.density for step in steps] == sorted(step.density for step in steps)
+
+
+def test_equal_densities_keep_the_order_of_the_modules():
+    widths = {"0.attn": 2, "0.mlp": 2, "1.attn": 1}
+    importance = {key: np.ones(width) for key, width in widths.items()}
+    steps = leaving_order(widths, importance, dict.fromkeys(widths, 1), dict.fromkeys(widths, 1))
+    assert [step.key for step in steps] == ["0.attn", "0.attn", "0.mlp", "0.mlp", "1.attn"]
+
+
+def test_macs_weigh_the_importance():
+    """The dear module leaves first, though the cheap one matters less."""
+    widths = {"0.attn": 1, "0.mlp": 1}
+    importance = {"0.attn": np.array([1.0]), "0.mlp": np.array([2.0])}
+    steps = leaving_order(widths, importance, {"0.attn": 1, "0.mlp": 1}, {"0.attn": 1, "0.mlp": 4})
+    assert [(step.key, step.density) for step in steps] == [("0.mlp", 0.5), ("0.attn", 1.0)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The list grows
+
+
+@given(networks(), st.integers(1, 4), st.floats(0.05, 1.2), st.randoms(use_true_random=False))
+def test_the_table_grows_to_its_target_each_epoch(network, epochs, ratio, random):
+    widths, _, sizes, macs = network
+    total = sum(widths[key] * macs[key] for key in widths)
+    table = MaskTable([widths], {"model": "tiny"})
+    for epoch in range(epochs):
+        target = ratio * (epoch + 1) / epochs * total
+        smallest = table.widths(-1)
+        importance = {key: np.array([random.random() for _ in range(w)]) for key, w in smallest.items() if w}
+        before = [dict(row) for row in table.rows]
+        grown = grow(table, importance, sizes, macs, target)
+        assert table.rows == before  # the old table is not touched
+        assert grown.rows[: len(before)] == before  # and its rows stay what they were
+        assert grown.meta == {"model": "tiny"}
+
+        gone = [sum((widths[key] - row[key]) * macs[key] for key in row) for row in grown.rows]
+        assert gone[-1] >= target or not any(grown.widths(-1).values())
+        new = len(grown) - len(before)
+        assert all(value < target for value in gone[len(before) - 1 : -1])  # and not a step further
+        steps = leaving_order(smallest, importance, sizes, macs)
+        for row, following, step in zip(grown.rows[-new - 1 :], grown.rows[len(before) :], steps, strict=False):
+            changed = {key: row[key] - following[key] for key in row if row[key] != following[key]}
+            assert changed == {step.key: step.dims}
+        table = grown
+
+
+def test_the_table_stops_where_nothing_is_left():
+    table = MaskTable([{"0.attn": 8, "0.mlp": 32}])
+    importance = {"0.attn": np.arange(8.0, 0, -1), "0.mlp": np.arange(32.0, 0, -1)}
+    sizes, macs = {"0.attn": 1, "0.mlp": 1}, {"0.attn": 3, "0.mlp": 1}
+    empty = grow(table, importance, sizes, macs, 1e9)
+    assert empty.widths(-1) == {"0.attn": 0, "0.mlp": 0}
+    assert len(empty) == 1 + 8 + 32
+    assert grow(empty, {}, sizes, macs, 1e9) == empty
+    assert grow(table, importance, sizes, macs, 0) == table
+
+
+def test_units_of_a_model(backbone):
+    assert unit_sizes(modules_of(backbone)) == {"0.attn": 2, "0.mlp": 6, "1.attn": 2, "1.mlp": 6}
+    with torch.device("meta"):
+        deit = create_backbone("vit_base")
+    assert set(unit_sizes(modules_of(deit)).items()) == {(f"{b}.attn", 8) for b in range(12)} | {
+        (f"{b}.mlp", 96) for b in range(12)
+    }
+    assert UNITS == {"attn": 8, "mlp": 32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "message"),
+    [
+        ("attn", 12, "3.attn: head_dim 12 does not divide into 8 units"),
+        ("mlp", 100, "3.mlp: hidden size 100 does not divide into 32 units"),
+    ],
+)
+def test_a_width_that_does_not_divide_into_units_is_named(kind, width, message):
+    key = f"3.{kind}"
+    with pytest.raises(UserError, match=message):
+        unit_sizes({key: Module(key, 3, kind, width, heads=1, dim=8)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Importance
+
+
+@torch.no_grad()
+def plain_sensitivity(model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> tuple[float, dict[str, float]]:
+    """(C, (C_m - C) / C of each module that runs), by extracting the network without it and running it whole."""
+    cost = F.cross_entropy(model(images), targets).item()
+    rises = {}
+    for key, width in full_widths(model).items():
+        if width:
+            index, kind = key.split(".")
+            part = getattr(model.blocks[int(index)], kind)
+            hook = part.register_forward_hook(lambda _m, _i, output: torch.zeros_like(output))
+            rises[key] = (F.cross_entropy(model(images), targets).item() - cost) / cost
+            hook.remove()
+    return cost, rises
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cut", [full_widths, some_widths], ids=["full width", "cut"])
+def test_sensitivity_equals_the_plain_reference(variant, cut, data):
+    model = random_backbone(variant)
+    small = extract(model, cut(model))
+    cost, rises = plain_sensitivity(small, *data)
+    for size in (1, 3, 8):
+        found = module_sensitivity(small, batches(*data, size))
+        assert found.cost == pytest.approx(cost, rel=1e-10)
+        assert list(found.gamma) == list(full_widths(model))
+        for key, gamma in found.gamma.items():
+            assert gamma == pytest.approx(max(0.0, rises.get(key, 0.0)), rel=1e-9, abs=1e-12)
+        n = len(rises)
+        assert found.branches_run == n + n * (n - 1) // 2
+
+
+def test_sensitivity_equals_extraction_without_the_module(backbone, data):
+    found = module_sensitivity(backbone, [data])
+    full, clipped = full_widths(backbone), 0
+    for key, gamma in found.gamma.items():
+        without = extract(backbone, full | {key: 0})
+        rise = (F.cross_entropy(without(data[0]), data[1]).item() - found.cost) / found.cost
+        assert gamma == pytest.approx(max(0.0, rise), rel=1e-9, abs=1e-12)
+        clipped += rise < 0
+    assert 0 < clipped < len(full)  # both sides of the max are seen
+
+
+def test_sensitivity_runs_no_more_branches_than_it_says(data):
+    model = random_backbone("one_head")
+    runs = 0
+
+    def count(*_):
+        nonlocal runs
+        runs += 1
+
+    for block in model.blocks:
+        block.attn.register_forward_hook(count)
+        block.mlp.register_forward_hook(count)
+    found = module_sensitivity(model, [data])
+    assert runs == found.branches_run == 6 + 5 + 4 + 3 + 2 + 1
+
+
+def test_sensitivity_leaves_the_model_as_it_was_and_runs_in_eval_mode(data):
+    model = random_backbone(proj_drop_rate=0.5, drop_path_rate=0.5)
+    expected = module_sensitivity(model, [data])
+    assert module_sensitivity(model.train(), [data]) == expected
+    assert model.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_importance_is_never_taken_in_half_precision(data):
+    model, data = random_backbone(dtype=torch.float32), (data[0].float(), data[1])
+    expected = module_sensitivity(model, [data]), dimension_importance(model, [data])
+    assert expected[0].cost == pytest.approx(module_sensitivity(model.double(), [random_data(8)]).cost, rel=1e-5)
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module_sensitivity(model, [data]) == expected[0]
+        alpha = dimension_importance(model, [data])
+    assert all(np.array_equal(alpha[key], expected[1][key]) for key in expected[1])
+
+
+def test_a_network_without_error_has_finite_sensitivity(backbone, data):
+    """A cross-entropy of exactly 0, and no module that raises it."""
+    with torch.no_grad():
+        backbone.head.weight.zero_()
+        backbone.head.bias.copy_(F.one_hot(torch.tensor(2), 7) * 1e4)
+    found = module_sensitivity(backbone, [(data[0], torch.full((8,), 2))])
+    assert found.cost == 0
+    assert set(found.gamma.values()) == {0.0}
+
+
+def plain_alpha(model: nn.Module, images: torch.Tensor, targets: torch.Tensor, cost: str) -> dict[str, np.ndarray]:
+    """Mean over tokens of |g * x| of each dim; of an attention the sum of q, k, v and the mean over heads."""
+    totals: dict[str, np.ndarray] = {}
+    for image, target in zip(images, targets, strict=True):
+        for key, (x, g) in activations(model, image, target, cost).items():
+            product = np.abs((x * g).numpy())
+            if key.endswith("attn"):
+                q, k, v = product.sum(axis=2) / product.shape[2]  # (H, w) each
+                dims = np.mean(q + k + v, axis=0)
+            else:
+                dims = product.sum(axis=0) / product.shape[0]
+            totals[key] = totals.get(key, 0) + dims / len(images)
+    return {key: dims / dims.sum() for key, dims in totals.items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cost", ["logit", "ce", "pred"])
+@pytest.mark.parametrize("cut", [full_widths, some_widths], ids=["full width", "cut"])
+def test_dimension_importance_equals_the_plain_reference(variant, cost, cut):
+    model = random_backbone(variant)
+    small, data = extract(model, cut(model)), random_data(3)
+    expected = plain_alpha(small, *data, cost)
+    for size in (1, 2, 3):
+        alpha = dimension_importance(small, batches(*data, size), cost)
+        assert alpha.keys() == expected.keys() == {key for key, width in full_widths(small).items() if width}
+        for key, dims in alpha.items():
+            assert dims.shape == (full_widths(small)[key],)
+            assert dims.sum() == pytest.approx(1, rel=1e-12)
+            np.testing.assert_allclose(dims, expected[key], rtol=1e-9, atol=1e-13)
+
+
+def test_dims_that_cannot_be_told_apart_share_alike(backbone, data):
+    """No gradient reaches any of them."""
+    nn.init.zeros_(backbone.head.weight)
+    for key, dims in dimension_importance(backbone, [data]).items():
+        np.testing.assert_array_equal(dims, np.full(full_widths(backbone)[key], 1 / full_widths(backbone)[key]))
+
+
+def test_importance_of_a_network_with_nothing_left(backbone, data):
+    empty = extract(backbone, dict.fromkeys(full_widths(backbone), 0))
+    found = module_sensitivity(empty, [data])
+    assert found.cost == pytest.approx(F.cross_entropy(empty(data[0]), data[1]).item())
+    assert (set(found.gamma.values()), found.branches_run) == ({0.0}, 0)
+    assert importance_of_dims(empty, [data]) == {}
+
+
+def test_importance_of_dims_is_the_product(backbone, data):
+    small = extract(backbone, some_widths(backbone))
+    gamma, alpha = module_sensitivity(small, [data]).gamma, dimension_importance(small, [data])
+    found = importance_of_dims(small, [data])
+    assert found.keys() == alpha.keys()
+    for key, dims in found.items():
+        np.testing.assert_allclose(dims, gamma[key] * alpha[key])
+    assert any(dims.any() for dims in found.values())
+
+
+def test_importance_of_two_processes_equals_that_of_one(two_ranks):
+    alone = all_statistics(slice(0, 8))
+    for rank in (entry["statistics"] for entry in two_ranks):
+        assert rank["cost"] == pytest.approx(alone["cost"], rel=1e-10)
+        assert rank["gamma"].keys() == alone["gamma"].keys()
+        assert rank["alpha"].keys() == alone["alpha"].keys()
+        for key, gamma in alone["gamma"].items():
+            assert rank["gamma"][key] == pytest.approx(gamma, rel=1e-10, abs=1e-14)
+        for key, dims in alone["alpha"].items():
+            np.testing.assert_allclose(rank["alpha"][key], dims, rtol=1e-10)
+    first, second = (entry["statistics"] for entry in two_ranks)
+    assert first["gamma"] == second["gamma"]
+    assert all(np.array_equal(first["alpha"][key], second["alpha"][key]) for key in first["alpha"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The draw
+
+
+def draws(count: int, op_codes: int = 5, **key: int) -> np.ndarray:
+    where = {"seed": 0, "epoch": 0, "rank": 0} | key
+    return np.array([draw_op_code(op_codes, step=step, **where) for step in range(count)])
+
+
+@pytest.mark.parametrize("op_codes", [1, 2, 5, 37])
+def test_op_codes_are_drawn_uniformly_with_both_ends(op_codes):
+    counts = np.bincount(draws(100 * op_codes, op_codes), minlength=op_codes)
+    assert len(counts) == op_codes
+    assert counts.min() > 0
+    assert op_codes == 1 or stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_ranks_draw_independently():
+    first, second = draws(2000, rank=0), draws(2000, rank=1)
+    pairs = np.histogram2d(first, second, bins=5)[0]
+    assert stats.chi2_contingency(pairs).pvalue > 1e-3
+    assert 0 < (first == second).sum() < 2000
+
+
+def test_a_draw_is_keyed_by_where_it_is_made():
+    np.testing.assert_array_equal(draws(50), draws(50))
+    for key in ({"seed": 1}, {"epoch": 1}, {"rank": 1}):
+        assert (draws(50) != draws(50, **key)).sum() > 20
+    assert type(draw_op_code(3, seed=0, epoch=0, step=0, rank=0)) is int
+    # Changing places of two numbers is another key.
+    assert (draws(50, epoch=1) != draws(50, rank=1)).sum() > 20
