@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from timm.utils import ParseKwargs
@@ -25,6 +26,27 @@ def amount(text: str) -> float:
         return parse_amount(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not an amount such as 2.4G or 12M") from error
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """An argparse type: a whole number or a decimal one from low to high."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high or value == float("inf"):
+            what = "a whole number" if kind is int else "a number"
+            limits = f"{low:g} or more" if high == float("inf") else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {limits}")
+        return value
+
+    return parse
+
+
+positive, count = number(int, 1), number(int, 0)
+share, decimal = number(float, 0, 1), number(float, 0)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,13 +106,15 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--workers",
-        type=int,
+        type=count,
         default=4,
         metavar="N",
         help="data loading processes a process; 0 loads in the process itself (default: %(default)s)",
     )
     group.add_argument("--mean", type=float, nargs="+", metavar="X", help="pixel mean, 0..1 (default: the model's)")
-    group.add_argument("--std", type=float, nargs="+", metavar="X", help="pixel deviation (default: the model's)")
+    group.add_argument(
+        "--std", type=number(float, 1e-3), nargs="+", metavar="X", help="pixel deviation (default: the model's)"
+    )
     group.add_argument(
         "--interpolation",
         choices=("bilinear", "bicubic", "nearest"),
@@ -98,7 +122,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--crop-pct",
-        type=float,
+        type=decimal,
         metavar="X",
         help="share of the resized side that evaluation keeps, 1 = no crop (default: the model's)",
     )
@@ -108,14 +132,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-dir", type=Path, default=Path("output"), metavar="DIR", help="where results go (default: %(default)s)"
     )
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, or auto: CUDA if there is one")
-    group.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
+    group.add_argument("--seed", type=count, default=0, help="of everything that is drawn (default: %(default)s)")
 
 
 def data_overrides(args: argparse.Namespace) -> dict[str, object]:
@@ -157,8 +174,10 @@ def parse_main_arguments() -> argparse.Namespace:
     _add_optimization_arguments(parser)
     _add_augmentation_arguments(parser)
     _add_checkpoint_arguments(parser)
-    stage = parser.parse_known_args()[0].stage
-    parser.set_defaults(**RECIPES[stage])
+    # The stage first, alone: --help, too, shows that stage's defaults.
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--stage", default="piad")
+    parser.set_defaults(**RECIPES.get(first.parse_known_args()[0].stage, {}))
     return parser.parse_args()
 
 
@@ -199,7 +218,7 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dropout-ratio",
-        type=float,
+        type=share,
         default=0.875,
         metavar="R",
         help="share of the MACs that the dropout list reaches (default: %(default)s)",
@@ -217,15 +236,15 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimization (defaults: the stage's recipe)")
     group.add_argument("--epochs", type=positive, metavar="N", help="epochs to train")
     group.add_argument("--opt", default="adamw", help="timm's name of the optimizer (default: %(default)s)")
-    group.add_argument("--lr", type=float, metavar="X", help="learning rate for 512 images a step; scaled linearly")
-    group.add_argument("--min-lr", type=float, metavar="X", help="learning rate at the end of the cosine, as it is")
-    group.add_argument("--warmup-epochs", type=int, metavar="N", help="epochs of linear warm-up from 1e-6")
-    group.add_argument("--weight-decay", type=float, default=0.05, metavar="X", help="default: %(default)s")
-    group.add_argument("--clip-grad", type=float, metavar="X", help="largest gradient norm (default: no clipping)")
-    group.add_argument("--drop-path", type=float, metavar="X", help="stochastic depth rate")
+    group.add_argument("--lr", type=decimal, metavar="X", help="learning rate for 512 images a step; scaled linearly")
+    group.add_argument("--min-lr", type=decimal, metavar="X", help="learning rate at the end of the cosine, as it is")
+    group.add_argument("--warmup-epochs", type=count, metavar="N", help="epochs of linear warm-up from 1e-6")
+    group.add_argument("--weight-decay", type=decimal, default=0.05, metavar="X", help="default: %(default)s")
+    group.add_argument("--clip-grad", type=decimal, metavar="X", help="largest gradient norm (default: no clipping)")
+    group.add_argument("--drop-path", type=share, metavar="X", help="stochastic depth rate")
     group.add_argument(
         "--ema-decay",
-        type=float,
+        type=share,
         metavar="X",
         help="decay of the averaged weights, 0 = none",
     )
@@ -246,10 +265,10 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="POLICY",
         help="timm's auto augment policy, none = off (default: %(default)s)",
     )
-    group.add_argument("--color-jitter", type=float, default=0.3, metavar="X", help="default: %(default)s")
+    group.add_argument("--color-jitter", type=decimal, default=0.3, metavar="X", help="default: %(default)s")
     group.add_argument(
         "--scale",
-        type=float,
+        type=share,
         nargs=2,
         default=(0.08, 1.0),
         metavar="X",
@@ -257,22 +276,22 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--ratio",
-        type=float,
+        type=decimal,
         nargs=2,
         default=(3 / 4, 4 / 3),
         metavar="X",
         help="aspect ratio of a random crop (default: 3/4 4/3)",
     )
-    group.add_argument("--hflip", type=float, default=0.5, metavar="P", help="chance of a mirror image (default: 0.5)")
+    group.add_argument("--hflip", type=share, default=0.5, metavar="P", help="chance of a mirror image (default: 0.5)")
     group.add_argument(
-        "--reprob", type=float, default=0.25, metavar="P", help="chance of random erasing (default: %(default)s)"
+        "--reprob", type=share, default=0.25, metavar="P", help="chance of random erasing (default: %(default)s)"
     )
-    group.add_argument("--mixup", type=float, default=0.8, metavar="ALPHA", help="0 = off (default: %(default)s)")
-    group.add_argument("--cutmix", type=float, default=1.0, metavar="ALPHA", help="0 = off (default: %(default)s)")
-    group.add_argument("--smoothing", type=float, default=0.1, metavar="X", help="of labels (default: %(default)s)")
+    group.add_argument("--mixup", type=decimal, default=0.8, metavar="ALPHA", help="0 = off (default: %(default)s)")
+    group.add_argument("--cutmix", type=decimal, default=1.0, metavar="ALPHA", help="0 = off (default: %(default)s)")
+    group.add_argument("--smoothing", type=share, default=0.1, metavar="X", help="of labels (default: %(default)s)")
     group.add_argument(
         "--repeated-aug",
-        type=int,
+        type=count,
         default=3,
         metavar="N",
         help="how often an epoch repeats an image, augmented anew, 0 = off (default: %(default)s)",
@@ -286,14 +305,14 @@ def _add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--checkpoint-steps",
-        type=int,
+        type=count,
         default=0,
         metavar="N",
         help="also save each N steps of an epoch; 0 = at its end only (default: %(default)s)",
     )
     group.add_argument(
         "--keep-every",
-        type=int,
+        type=count,
         default=0,
         metavar="N",
         help="besides the last two and the best, keep each N-th epoch's checkpoint; 0 = none",

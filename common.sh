@@ -19,7 +19,8 @@ if [ "$DATA_SET" = digits ]; then
     MODEL_KWARGS=${MODEL_KWARGS:-img_size=8 patch_size=2 in_chans=1 embed_dim=16 depth=8 num_heads=2}
     NAME=${NAME:-digits}
     BATCH_SIZE=${BATCH_SIZE:-64}
-    WORKERS=${WORKERS:-0}
+    WORKERS=${WORKERS:-1}
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # matrices this small are slower on several threads
     PREPROCESSING=${PREPROCESSING:---crop-pct 1}
     AUGMENTATION=${AUGMENTATION:---aa none --color-jitter 0 --hflip 0 --scale 0.7 1 --reprob 0 --mixup 0 --cutmix 0 --repeated-aug 0}
 else

@@ -123,7 +123,7 @@ def _split_folder(path: str | None, split: str) -> Path:
     if not path:
         raise UserError("--data-path is missing: give the folder that holds train/ and val/")
     if not Path(path).is_dir():
-        raise UserError(f"--data-path {path} does not exist")
+        raise UserError(f"--data-path {path} {'is a file, not a folder' if Path(path).exists() else 'does not exist'}")
     for name in SPLITS[split]:
         if (Path(path) / name).is_dir():
             return Path(path) / name
@@ -179,16 +179,22 @@ class KeyedSampler:
 
     def __init__(self, sampler: DistributedSampler | RepeatAugSampler, seed: int):
         self.sampler, self.seed = sampler, seed
-        self.start = 0
+        self.epoch = self.start = 0
+
+    def enter(self, epoch: int, start: int) -> None:
+        """The next pass is `epoch`, from its position `start` on."""
+        self.epoch, self.start = epoch, start
+        # timm's sampler knows no seed but the epoch, so that carries both.
+        self.sampler.set_epoch(mixed_seed(self.seed, epoch) % 2**31)
 
     def __len__(self) -> int:
         return len(self.sampler) - self.start
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        rank, ranks, epoch = self.sampler.rank, self.sampler.num_replicas, self.sampler.epoch
+        rank, ranks = self.sampler.rank, self.sampler.num_replicas
         for position, index in enumerate(self.sampler):
             if position >= self.start:
-                yield mixed_seed(self.seed, epoch, position * ranks + rank), index
+                yield mixed_seed(self.seed, self.epoch, position * ranks + rank), index
 
 
 class TrainLoader:
@@ -210,7 +216,7 @@ class TrainLoader:
         if repeats:
             sampler = RepeatAugSampler(images, num_replicas=ranks, rank=rank, num_repeats=repeats)
         else:
-            sampler = DistributedSampler(images, num_replicas=ranks, rank=rank, seed=seed)
+            sampler = DistributedSampler(images, num_replicas=ranks, rank=rank)
         if batch_size > len(sampler):
             raise UserError(f"--batch-size {batch_size} is more than the {len(sampler)} training images of a process")
         self.sampler = KeyedSampler(sampler, seed)
@@ -226,8 +232,7 @@ class TrainLoader:
 
     def batches(self, epoch: int, start_step: int = 0) -> DataLoader:
         """The epoch's batches (images (B, C, height, width), targets (B,)) from start_step on."""
-        self.sampler.sampler.set_epoch(epoch)
-        self.sampler.start = start_step * self.batch_size
+        self.sampler.enter(epoch, start_step * self.batch_size)
         return self.loader
 
 
@@ -242,6 +247,13 @@ def eval_loader(images: Images, config: dict[str, Any], *, batch_size: int, work
 
 def _loader(images: Images, config: dict[str, Any], batch_size: int, workers: int, **kwargs: Any) -> DataLoader:
     images.mode = "L" if config["input_size"][0] == 1 else "RGB"
+    try:
+        return _create_loader(images, config, batch_size, workers, **kwargs)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:  # what timm's transforms say of bad settings
+        raise UserError(f"timm cannot make the transforms: {type(error).__name__} {first_line(error)}") from error
+
+
+def _create_loader(images: Images, config: dict[str, Any], batch_size: int, workers: int, **kwargs: Any) -> DataLoader:
     return create_loader(
         images,
         input_size=config["input_size"],

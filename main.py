@@ -31,7 +31,17 @@ from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
 from piad.selection import format_amount
 from piad.super_network import load_super_network
-from utils import Interruptible, UserError, init_processes, is_main_process, run_program, say, seed_everything, world
+from utils import (
+    Interruptible,
+    UserError,
+    first_line,
+    init_processes,
+    is_main_process,
+    run_program,
+    say,
+    seed_everything,
+    world,
+)
 
 NOT_SETTINGS = {
     *("output_dir", "resume", "checkpoint_steps", "keep_every", "eval_every", "eval", "frontier", "baseline"),
@@ -125,7 +135,10 @@ def start_training(
     """Optimizer, loss, Mixup, averaged weights and scaler, as the flags say."""
     _, processes = world()
     lr = args.lr * args.batch_size * processes / 512
-    optimizer = create_optimizer_v2(model, opt=args.opt, lr=lr, weight_decay=args.weight_decay)
+    try:
+        optimizer = create_optimizer_v2(model, opt=args.opt, lr=lr, weight_decay=args.weight_decay)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"--opt {args.opt}: timm cannot make it: {first_line(error)}") from error
     mixup = None
     loss_fn: nn.Module = LabelSmoothingCrossEntropy(args.smoothing)
     if args.mixup > 0 or args.cutmix > 0:

@@ -11,12 +11,14 @@ set -eu
 . ./common.sh
 if [ "$DATA_SET" = digits ]; then
     EPOCHS=${EPOCHS:-100} PROGRESSIVE_EPOCHS=${PROGRESSIVE_EPOCHS:-50} LR=${LR:-1.6e-2} EMA_DECAY=${EMA_DECAY:-0.99}
+    DROPOUT_RATIO=${DROPOUT_RATIO:-0.94}
 else
     case $MODEL in
     *base*) EPOCHS=${EPOCHS:-150} ;;
     *) EPOCHS=${EPOCHS:-300} ;;
     esac
     PROGRESSIVE_EPOCHS=${PROGRESSIVE_EPOCHS:-50} LR=${LR:-5e-4} EMA_DECAY=${EMA_DECAY:-0.99996}
+    DROPOUT_RATIO=${DROPOUT_RATIO:-0.875}
 fi
 CHECKPOINT=${CHECKPOINT:-$OUTPUT/reparamed/$NAME/contracted.safetensors}
 [ -f "$CHECKPOINT" ] || [ "$DATA_SET" != digits ] || sh run_reparam.sh
@@ -24,4 +26,4 @@ CHECKPOINT=${CHECKPOINT:-$OUTPUT/reparamed/$NAME/contracted.safetensors}
 prepare requirements.txt
 # shellcheck disable=SC2086
 launch main.py --stage piad --checkpoint "$CHECKPOINT" --epochs "$EPOCHS" --progressive-epochs "$PROGRESSIVE_EPOCHS" \
-    --lr "$LR" --ema-decay "$EMA_DECAY" $AUGMENTATION --resume auto --output-dir "$OUTPUT/peelable/$NAME"
+    --dropout-ratio "$DROPOUT_RATIO" --lr "$LR" --ema-decay "$EMA_DECAY" $AUGMENTATION --resume auto --output-dir "$OUTPUT/peelable/$NAME"

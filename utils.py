@@ -133,8 +133,10 @@ def init_processes(args: argparse.Namespace) -> torch.device:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(args.device).type
-    except RuntimeError as error:
-        raise UserError(f"--device {args.device}: not a device; try cpu, cuda or cuda:1") from error
+    except RuntimeError:
+        kind = "unknown"
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device}: not a device this project runs on; try cpu, cuda or cuda:1")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: this PyTorch sees no CUDA device; use --device cpu")
     return init_distributed_device(args)

@@ -106,10 +106,10 @@ class ElasticBlock(BypassBlock):
 class _ZeroGradients(torch.autograd.Function):
     """Gives x back, and the parameters a gradient of zero.
 
-    DDP waits for a gradient of every parameter, and a bypassed branch has none. `find_unused_parameters=True` would
-    search the whole graph at each step, bypass or not (benchmarks/ddp_bypass.py measures both); this costs a fill
-    with zeros, only where a branch is bypassed. It also makes one process and many agree: out of the slice the
-    gradient is zero, never absent.
+    DDP waits for a gradient of every parameter, and a bypassed branch has none. This way costs a fill with zeros where
+    a branch is bypassed, and nothing elsewhere. DDP's own `find_unused_parameters=True` searches the graph at each
+    step; on two CPU processes both ways measure alike (benchmarks/ddp_bypass.py). What decides is that here one
+    process and many agree: out of the slice the gradient is zero, never absent, so the optimizer treats all alike.
     """
 
     @staticmethod

@@ -88,17 +88,18 @@ def _check_model_kwargs(model_kwargs: dict[str, Any], path: Path) -> None:
 
 
 def _check_preprocessing(preprocessing: dict[str, Any], model: VisionTransformer, path: Path) -> None:
-    def numbers(value: Any, count: int) -> bool:
-        return isinstance(value, list) and len(value) == count and all(isinstance(n, int | float) for n in value)
+    def numbers(value: Any, count: int, low: float, high: float) -> bool:
+        numeric = isinstance(value, list) and len(value) == count and all(type(n) in (int, float) for n in value)
+        return numeric and all(low <= n <= high for n in value)
 
     size = [model.in_chans, *model.patch_embed.img_size]
     right = {
         "input_size": preprocessing.get("input_size") == size,
-        "mean": numbers(preprocessing.get("mean"), model.in_chans),
-        "std": numbers(preprocessing.get("std"), model.in_chans),
-        "crop_pct": numbers([preprocessing.get("crop_pct")], 1),
-        "crop_mode": isinstance(preprocessing.get("crop_mode"), str),
-        "interpolation": isinstance(preprocessing.get("interpolation"), str),
+        "mean": numbers(preprocessing.get("mean"), model.in_chans, -10, 10),
+        "std": numbers(preprocessing.get("std"), model.in_chans, 1e-3, 10),
+        "crop_pct": numbers([preprocessing.get("crop_pct")], 1, 0.1, 1.5),
+        "crop_mode": preprocessing.get("crop_mode") in ("center", "squash", "border"),
+        "interpolation": preprocessing.get("interpolation") in ("bilinear", "bicubic", "nearest", "lanczos"),
     }
     for key, is_right in right.items():
         if not is_right:

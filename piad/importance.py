@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from models.backbone import attention_branch, classify, embed, mlp_branch, modules_of
 from models.taylor import TaylorImportance, collect
-from utils import progress_bar, reduce_sum
+from utils import UserError, progress_bar, reduce_sum
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 TINY = 1e-12  # a cross-entropy of exactly 0 would divide by 0
@@ -35,7 +36,7 @@ def module_sensitivity(model: VisionTransformer, batches: Batches) -> Sensitivit
 
     `model` is the smallest network so far, as extracted; modules it bypasses already get 0. Without a module of block
     b nothing changes before b, so the stream is kept at every branch and only what follows is run again: about half
-    the work. Sums are reduced over the ranks.
+    the work. Sums are reduced over the ranks. Raises UserError where a cross-entropy is not finite.
     """
     device = next(model.parameters()).device
     branches = _branches(model)
@@ -50,6 +51,11 @@ def module_sensitivity(model: VisionTransformer, batches: Batches) -> Sensitivit
     model.train(was_training)
     reduce_sum(totals)
     cost, *without = (totals[:-1] / totals[-1]).tolist()
+    if not all(map(math.isfinite, (cost, *without))):
+        raise UserError(
+            f"the cross-entropy on the proxy set is {cost:.4g}, and not finite whole or without some module: "
+            "the weights are out of range, the last checkpoint stands; try a lower --lr"
+        )
     gamma = dict.fromkeys(modules_of(model), 0.0)
     gamma |= {key: max(0.0, (c - cost) / max(cost, TINY)) for key, c in zip(branches, without, strict=True)}
     return Sensitivity(cost, gamma, branches_run)

@@ -142,6 +142,7 @@ DATA = [
          "--proxy-samples", "4"), "cannot read image", "broken/val/tulip/1.png"),
     case("a data set of timm's that is not there", (*EVAL, "--data-set", "torch/cifar10", "--data-path",
          "{folder}/nowhere"), "--data-set torch/cifar10: timm cannot open it at", "nowhere"),
+    case("a misspelt data set", (*EVAL, "--data-set", "imagnet"), "--data-set imagnet", "did you mean imagenet"),
     case("a proxy set larger than the data, WPAC", (*REPARAM, "--proxy-samples", "1438"),
          "--proxy-samples 1438 is more than the 1437 training images"),
     case("a proxy set larger than the data, PIAD", (*TRAIN_PIAD, "--proxy-samples", "1438"),
@@ -218,6 +219,9 @@ FOLDERS = [
             "lacking_a_module": ("module 1.attn is missing",),
             "of_no_size": ("of_no_size/config.json: ", "input_size"),
             "of_odd_colours": ("of_odd_colours/config.json: ", "mean"),
+            "of_no_spread": ("of_no_spread/config.json: ", "std"),
+            "cropped_away": ("cropped_away/config.json: ", "crop_pct"),
+            "oddly_resized": ("oddly_resized/config.json: ", "interpolation"),
             "reaching_out": ("reaching_out/config.json: model_kwargs: checkpoint_path does not shape",),
             "bottomless": ("bottomless/config.json: model_kwargs: depth is 1000000",),
         }.items()
@@ -334,6 +338,9 @@ def make_sub_networks(folder: Path, road: Road) -> None:
         "lacking_a_module": good | {"widths": {key: width for key, width in widths.items() if key != "1.attn"}},
         "of_no_size": good | {"preprocessing": {}},
         "of_odd_colours": good | {"preprocessing": good["preprocessing"] | {"mean": "grey"}},
+        "of_no_spread": good | {"preprocessing": good["preprocessing"] | {"std": [0.0]}},
+        "cropped_away": good | {"preprocessing": good["preprocessing"] | {"crop_pct": -0.5}},
+        "oddly_resized": good | {"preprocessing": good["preprocessing"] | {"interpolation": "sideways"}},
         "reaching_out": good | {"model_kwargs": good["model_kwargs"] | {"checkpoint_path": str(road.contracted)}},
         "bottomless": good | {"model_kwargs": good["model_kwargs"] | {"depth": 10**6}},
         "no_json": good,
@@ -437,7 +444,9 @@ def test_unreadable_training_image_leaves_no_checkpoint(files: dict[str, str], t
     (tmp_path / "data" / "train").rename(tmp_path / "data" / "aside")
     (tmp_path / "data" / "val").rename(tmp_path / "data" / "train")
     (tmp_path / "data" / "aside").rename(tmp_path / "data" / "val")
+    # Without repeats, so that the one epoch leaves no image out.
     arguments = (*TRAIN_PIAD[1:-1], files["two"], *FLOWERS, tmp_path / "data", "--proxy-samples", 1)
+    arguments += ("--repeated-aug", 0)
     assert exit_code("main.py", *arguments, "--output-dir", tmp_path / "output") == 2
     assert "train/tulip/1.png" in one_line(capsys.readouterr().err, "main.py")
     left = [name for name in snapshot(tmp_path / "output") if name.endswith((".pth", ".json", ".tmp"))]

@@ -99,7 +99,8 @@ def test_two_processes_train_what_one_does(pair: Pair, alone: Path, key: str):
     start = load_checkpoint(alone / "checkpoint_0.pth")[key]
     for name, value in expected.items():
         moved = (value - start[name]).abs().max()
-        assert (together[name] - value).abs().max() <= 1e-4 * moved + 1e-7, name
+        # A weight near 1 has steps of 1.2e-7 in float32: a few of them are rounding.
+        assert (together[name] - value).abs().max() <= 1e-4 * moved + 5e-7, name
 
 
 def test_two_processes_log_what_one_does(pair: Pair, alone: Path):

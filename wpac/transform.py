@@ -27,6 +27,7 @@ def contract(model: VisionTransformer, statistics: Statistics) -> dict[str, Tens
     return spectra
 
 
+@torch.no_grad()
 def rotate_attention(attn: Attention, covariance: Tensor) -> Tensor:
     """Rotates q and k of each head by one basis, v by another and `proj` back, in float64.
 
@@ -49,6 +50,7 @@ def rotate_attention(attn: Attention, covariance: Tensor) -> Tensor:
     return torch.stack([_shares(qk_values.sum(0)), _shares(v_values.sum(0))])
 
 
+@torch.no_grad()
 def sort_mlp(mlp: Mlp, importance: Tensor) -> Tensor:
     """Permutes the hidden units by importance (M,), descending, equal ones in their old order.
 
