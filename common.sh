@@ -20,6 +20,7 @@ if [ "$DATA_SET" = digits ]; then
     NAME=${NAME:-digits}
     BATCH_SIZE=${BATCH_SIZE:-64}
     WORKERS=${WORKERS:-1}
+    EVAL_EVERY=${EVAL_EVERY:-10} # epochs
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # matrices this small are slower on several threads
     PREPROCESSING=${PREPROCESSING:---crop-pct 1}
     AUGMENTATION=${AUGMENTATION:---aa none --color-jitter 0 --hflip 0 --scale 0.7 1 --reprob 0 --mixup 0 --cutmix 0 --repeated-aug 0}
@@ -30,6 +31,7 @@ else
     NAME=${NAME:-$MODEL}
     BATCH_SIZE=${BATCH_SIZE:-128} # images a process and step
     WORKERS=${WORKERS:-8}
+    EVAL_EVERY=${EVAL_EVERY:-1}   # epochs
     PREPROCESSING=${PREPROCESSING:-}
     AUGMENTATION=${AUGMENTATION:-}
 fi

@@ -235,8 +235,9 @@ class RunLog:
             self.writer.add_scalar(name, value, step)
 
     def epoch(self, values: dict[str, Any], step: int) -> None:
-        """Prints the epoch's values, appends them to log.txt as a JSON line, and gives the numbers to TensorBoard."""
-        say(" ".join(f"{key} {value:.5g}" for key, value in values.items()))
+        """Appends the epoch's values to log.txt as a JSON line, gives them to TensorBoard, prints those of evaluations."""
+        if "top1" in values:
+            say(" ".join(f"{key} {value:.5g}" for key, value in values.items()))
         if self.writer is None:
             return
         with self.path.open("a") as file:

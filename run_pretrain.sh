@@ -16,5 +16,5 @@ fi
 
 prepare requirements.txt
 # shellcheck disable=SC2086
-launch main.py --stage pretrain --epochs "$EPOCHS" --lr "$LR" --ema-decay "$EMA_DECAY" $AUGMENTATION \
+launch main.py --stage pretrain --eval-every "$EVAL_EVERY" --epochs "$EPOCHS" --lr "$LR" --ema-decay "$EMA_DECAY" $AUGMENTATION \
     --resume auto --output-dir "$OUTPUT/pretrained/$NAME"

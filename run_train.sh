@@ -25,5 +25,5 @@ CHECKPOINT=${CHECKPOINT:-$OUTPUT/reparamed/$NAME/contracted.safetensors}
 
 prepare requirements.txt
 # shellcheck disable=SC2086
-launch main.py --stage piad --checkpoint "$CHECKPOINT" --epochs "$EPOCHS" --progressive-epochs "$PROGRESSIVE_EPOCHS" \
+launch main.py --stage piad --eval-every "$EVAL_EVERY" --checkpoint "$CHECKPOINT" --epochs "$EPOCHS" --progressive-epochs "$PROGRESSIVE_EPOCHS" \
     --dropout-ratio "$DROPOUT_RATIO" --lr "$LR" --ema-decay "$EMA_DECAY" $AUGMENTATION --resume auto --output-dir "$OUTPUT/peelable/$NAME"

@@ -24,5 +24,5 @@ FOLDER=${FOLDER:-$OUTPUT/peeled/$NAME/$(echo "$SIZE" | tr -d ' -' )}
 
 prepare requirements.txt
 # shellcheck disable=SC2086
-launch main.py --stage finetune --checkpoint "$CHECKPOINT" $WEIGHTS $SIZE --epochs "$EPOCHS" --lr "$LR" \
+launch main.py --stage finetune --eval-every "$EVAL_EVERY" --checkpoint "$CHECKPOINT" $WEIGHTS $SIZE --epochs "$EPOCHS" --lr "$LR" \
     --drop-path "$DROP_PATH" $AUGMENTATION --resume auto --output-dir "$FOLDER"

@@ -329,7 +329,9 @@ def test_a_line_an_epoch(tmp_path, capsys):
     write_epochs(tmp_path, 0, 3)
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"epoch": e, "loss": e / 10} for e in range(3)]
-    assert capsys.readouterr().out.splitlines()[2] == "epoch 2 loss 0.2"
+    assert capsys.readouterr().out == ""
+    RunLog(tmp_path, 3, 30).epoch({"epoch": 3, "loss": 0.3, "top1": 98.25}, 39)
+    assert capsys.readouterr().out == "epoch 3 loss 0.3 top1 98.25\n"
     assert any((tmp_path / "tensorboard").iterdir())
 
 
