@@ -27,6 +27,7 @@ from models.backbone import fit_head, full_widths, load_backbone
 from models.elastic import make_elastic, set_widths
 from models.extraction import extract
 from models.folder import load_subnetwork, save_subnetwork
+from models.macs import count_params
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
 from piad.selection import format_amount
@@ -247,10 +248,15 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
             args.model, args.model_kwargs, num_classes=val_images.num_classes, checkpoint=args.baseline
         ).eval()
     val = eval_loader(val_images, config, batch_size=args.batch_size, workers=args.workers)
+    size = format_amount(count_params(model))
     kind = "averaged (EMA)" if args.use_ema else "raw"
     say(f"weights: {weights}, {kind}; {len(val_images)} images of {args.data_set}")
     rows = frontier.evaluate_sizes(model.eval(), table, op_codes, val, device, amp=amp, baseline=baseline)
-    facts = {"title": f"{args.model} on {args.data_set}", "weights": str(weights), "averaged_weights": args.use_ema}
+    facts = {
+        "title": f"{args.data_set}: one super-network of {size} parameters",
+        "weights": str(weights),
+        "averaged_weights": args.use_ema,
+    }
     frontier.write_report(rows, args.output_dir, {**facts, "images": len(val_images)})
 
 

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -200,7 +201,7 @@ class Ended:
 
 
 class Started:
-    """A run of main.py in `processes` processes, without a launcher: torchrun's environment, and ours to kill."""
+    """A run of main.py in `processes` processes, in the environment that torchrun makes, and ours to kill."""
 
     def __init__(self, folder: Path, arguments: list[str], faults: tuple[Fault, ...] = (), processes: int = 1):
         self.start, self.folder, self.said = time.monotonic(), folder, tempfile.TemporaryDirectory()
@@ -224,10 +225,17 @@ class Started:
         return any(process.is_alive() for process in self.processes)
 
     def wait(self, seconds: float = SECONDS) -> Ended:
-        """Waits for the end of all processes. A run that takes longer is killed, and a TimeoutError."""
-        end = self.start + seconds
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
+        """Waits for the end of all processes; as torchrun does, it asks the others to stop where one has failed.
+
+        A run that takes longer is killed, and a TimeoutError.
+        """
+        failed = False
+        while self.alive() and time.monotonic() < self.start + seconds:
+            if not failed and any(process.exitcode for process in self.processes):
+                failed = True
+                for process in self.processes:
+                    process.terminate()
+            connection.wait([process.sentinel for process in self.processes if process.is_alive()], 0.1)
         late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
         for rank in late:
             self.kill(rank)
@@ -279,7 +287,8 @@ def torchrun(folder: Path, arguments: list[str], *faults: Fault, processes: int 
     command = [sys.executable, *launcher, __file__, json.dumps([asdict(fault) for fault in faults]), *arguments]
     return subprocess.run(
         [*map(str, command), "--output-dir", str(folder), "--resume", "auto"],
-        env=os.environ | ONE_THREAD,
+        # Or a restarted process finds the addresses of those that are gone: https://github.com/pytorch/pytorch/issues/135712
+        env=os.environ | ONE_THREAD | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         capture_output=True,
         text=True,
         timeout=3 * SECONDS,
