@@ -102,7 +102,8 @@ class Progress:
         values = {f.name: state[f.name] for f in fields(cls)}
         values["losses"] = AverageMeter()
         if values["step"] and len(state["losses"]) == world()[1]:
-            values["losses"].sum, values["losses"].count = state["losses"][world()[0]]
+            total, images = state["losses"][world()[0]]
+            values["losses"].sum, values["losses"].count, values["losses"].avg = total, images, total / images
         return cls(**values)
 
 

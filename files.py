@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,8 @@ class CheckpointFolder:
         if not is_main_process():
             return
         save_checkpoint(self.folder / f"checkpoint_{epoch}.pth", {**state, "settings": self.settings})
+        for left_over in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+            left_over.unlink(missing_ok=True)
         # Later epochs in the folder are of another run: they do not count.
         for old in [e for e in self.epochs() if e <= epoch][:-2]:
             if old != best_epoch and not (self.keep_every and (old + 1) % self.keep_every == 0):
@@ -211,6 +214,11 @@ def _run_state(path: Path) -> dict[str, Any]:
 # Logs
 
 
+def _quiet_about_files(problem: threading.ExceptHookArgs) -> None:
+    if not isinstance(problem.exc_value, OSError):
+        threading.__excepthook__(problem)
+
+
 class RunLog:
     """log.txt (one JSON line an epoch) and TensorBoard, on the main process; nothing elsewhere.
 
@@ -228,6 +236,8 @@ class RunLog:
         write_text(self.path, "".join(lines[:start_epoch]))
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed for --help or --eval
 
+        # Its thread prints a traceback where it cannot write; the error comes up again in ours, as one line.
+        threading.excepthook = _quiet_about_files
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=start_step)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -235,7 +245,7 @@ class RunLog:
             self.writer.add_scalar(name, value, step)
 
     def epoch(self, values: dict[str, Any], step: int) -> None:
-        """Appends the epoch's values to log.txt as a JSON line, gives them to TensorBoard, prints those of evaluations."""
+        """Appends the epoch's values to log.txt as a JSON line and to TensorBoard; prints those of evaluations."""
         if "top1" in values:
             say(" ".join(f"{key} {value:.5g}" for key, value in values.items()))
         if self.writer is None:

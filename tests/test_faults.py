@@ -63,7 +63,8 @@ def assert_goes_on(folder: Path, unhurt: Unhurt, place: str | None, *faults: Fau
     assert (set(ended.codes), ended.error) == ({0}, "")
     last = next(line for line in ended.out.splitlines() if not line.startswith("passing over"))
     assert last.endswith(f": {place}" if place else "to resume: a fresh start")
-    assert differences(folder, expected) == []
+    found = differences(folder, expected)
+    assert found == [], "\n".join(found)
 
 
 def test_an_unhurt_run_leaves_every_step_once(unhurt: Unhurt):
@@ -116,13 +117,13 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(kill: Kill, unhurt: Unhurt, 
     assert_goes_on(folder, unhurt, kill.place, *never)
 
 
-@pytest.mark.parametrize(("damaged", "place"), [(1, "epoch 2, step 0"), (2, None)])
+@pytest.mark.parametrize(("damaged", "place"), [(1, "epoch 2, step 0"), (3, None)])
 def test_a_checkpoint_that_is_not_whole_is_passed_over(damaged: int, place: str | None, unhurt: Unhurt, tmp_path: Path):
     """As a power cut may leave it: the newest checkpoints, the log and the events all end too early."""
     folder = tmp_path / "run"
     shutil.copytree(unhurt.folder, folder)
-    for epoch in (2, 1)[:damaged]:
-        path = folder / f"checkpoint_{epoch}.pth"
+    newest_first = sorted(folder.glob("checkpoint_*.pth"), reverse=True)  # the best is there too, if it is an older one
+    for path in newest_first[:damaged]:
         os.truncate(path, path.stat().st_size - 1000)
     (events,) = (folder / "tensorboard").iterdir()
     for path in (folder / "log.txt", events):
@@ -348,7 +349,7 @@ class Watched(Run):
         memory = re.search(r"RssAnon:\s+(\d+) kB", PROC_STATUS.read_text())[1]
         self.held[self.progress.epoch, step] = (
             int(memory) * 1024,
-            len(os.listdir("/proc/self/fd")),
+            len(list(Path("/proc/self/fd").iterdir())),
             len(gc.get_objects()),
         )
 
