@@ -51,6 +51,12 @@ share, decimal = number(float, 0, 1), number(float, 0)
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, data and run: the groups that every entry point has."""
+    _add_model_arguments(parser)
+    _add_data_arguments(parser)
+    _add_run_arguments(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -85,6 +91,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="take the averaged weights (model_ema) of --checkpoint",
     )
 
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data-set",
@@ -127,6 +135,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the resized side that evaluation keeps, 1 = no crop (default: the model's)",
     )
 
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument(
         "--output-dir", type=Path, default=Path("output"), metavar="DIR", help="where results go (default: %(default)s)"

@@ -99,6 +99,7 @@ class ElasticBlock(BypassBlock):
         return super().forward(x, **kwargs)
 
     def bypassed_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the branches that add nothing now."""
         parts = [getattr(self, part) for name in sorted(self.bypassed) for part in BRANCHES[name]]
         return [parameter for part in parts for parameter in part.parameters()]
 

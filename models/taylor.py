@@ -94,9 +94,11 @@ class TaylorImportance:
 
     @torch.no_grad()
     def update(self, x: Tensor, g: Tensor) -> None:
+        """x, g: (B, N, 3, H, w) or (B, N, w)."""
         self.total += (g * x).abs_().sum((0, 1), dtype=torch.float64)
         self.count += x.shape[0] * x.shape[1]
 
     def finalize(self) -> Tensor:
+        """The means, over all ranks' tokens."""
         reduce_sum(self.total, self.count)
         return self.total / self.count
