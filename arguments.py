@@ -244,19 +244,31 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimization (defaults: the stage's recipe)")
-    group.add_argument("--epochs", type=positive, metavar="N", help="epochs to train")
+    group.add_argument("--epochs", type=positive, metavar="N", help="epochs to train (default: %(default)s)")
     group.add_argument("--opt", default="adamw", help="timm's name of the optimizer (default: %(default)s)")
-    group.add_argument("--lr", type=decimal, metavar="X", help="learning rate for 512 images a step; scaled linearly")
-    group.add_argument("--min-lr", type=decimal, metavar="X", help="learning rate at the end of the cosine, as it is")
-    group.add_argument("--warmup-epochs", type=count, metavar="N", help="epochs of linear warm-up from 1e-6")
+    group.add_argument(
+        "--lr",
+        type=decimal,
+        metavar="X",
+        help="learning rate for 512 images a step; scaled linearly (default: %(default)s)",
+    )
+    group.add_argument(
+        "--min-lr",
+        type=decimal,
+        metavar="X",
+        help="learning rate at the end of the cosine, as it is (default: %(default)s)",
+    )
+    group.add_argument(
+        "--warmup-epochs", type=count, metavar="N", help="epochs of linear warm-up from 1e-6 (default: %(default)s)"
+    )
     group.add_argument("--weight-decay", type=decimal, default=0.05, metavar="X", help="default: %(default)s")
     group.add_argument("--clip-grad", type=decimal, metavar="X", help="largest gradient norm (default: no clipping)")
-    group.add_argument("--drop-path", type=share, metavar="X", help="stochastic depth rate")
+    group.add_argument("--drop-path", type=share, metavar="X", help="stochastic depth rate (default: %(default)s)")
     group.add_argument(
         "--ema-decay",
         type=share,
         metavar="X",
-        help="decay of the averaged weights, 0 = none",
+        help="decay of the averaged weights, 0 = none (default: %(default)s)",
     )
     group.add_argument(
         "--amp",
