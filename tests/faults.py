@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -254,8 +255,10 @@ def _child(environment: dict[str, str], said: list[str], faults: list[Fault], ar
         with Path(path).open("wb") as file:
             os.dup2(file.fileno(), number)
     import torch
+    from tqdm import tqdm
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is for several processes, and stays behind when this one is killed
     try:
         run_main(faults, arguments)
     finally:
@@ -336,7 +339,9 @@ def make_run(folder: Path) -> list[str]:
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Every TensorBoard scalar of a run: name -> (step, value), as its readers see them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util import tb_logging
 
+    tb_logging.get_logger().setLevel("ERROR")  # that a resumed run begins before the end of the killed one is our wish
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 

@@ -1,0 +1,233 @@
+"""What becomes of runs that are killed, lose a process or fill their disk, at random times: do they lose anything?
+
+    python -m benchmarks.faults                  60 faults, about five minutes on two cores
+    python -m benchmarks.faults --faults 4       fewer; --seconds 60 begins no new one after a minute
+
+Each fault hits a run of its own: PIAD on digits, three epochs, all that is random switched on. The run is then resumed
+with the same command, some of them after a second fault, and its weights, averaged weights, optimizer, mask table, log
+and TensorBoard scalars are compared, bit for bit, with those of a run that nothing happened to. The exit code is 1 if a
+run did not survive, differs, or lost a byte. The small disk needs the right to mount one; without it, a quota.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import ROOT, describe_machine, positive
+
+sys.path.insert(0, str(ROOT / "tests"))
+from faults import ONE_THREAD, Fault, Started, differences, make_run, resume, run, torchrun
+
+from files import load_checkpoint
+from utils import UserError
+
+# Where a disk may be full, and how often a run comes there.
+WRITES = {"files:RunLog.__init__": 1, "torch:save": 9, "piad.mask_table:MaskTable.save": 9, "files:RunLog.epoch": 3}
+
+
+@dataclass
+class Row:
+    """One fault, or several on the same run, and what came of it. bytes_lost: of checkpoints that cannot be read."""
+
+    kind: str
+    processes: int
+    faults: list[str]
+    survived: bool = False
+    bytes_lost: int = 0
+    differs: list[str] | None = None
+    error: str = ""
+    seconds: float = 0.0
+
+    def in_words(self) -> str:
+        ended = "differs" if self.differs else "equal" if self.survived else "did not survive"
+        faults = ", ".join(self.faults) or "was faster than the fault"
+        return f"{self.kind}, {self.processes} processes: {faults}: {ended}, {self.seconds:.0f} s"
+
+
+@dataclass
+class Unhurt:
+    """The run that the others are held against, in so many processes."""
+
+    processes: int
+    arguments: list[str]
+    folder: Path
+    seconds: float
+
+
+class Bench:
+    """Runs in a folder, and on a small disk or without one."""
+
+    def __init__(self, folder: Path, disk: Path | None, seed: int):
+        self.folder, self.disk, self.random = folder, disk, random.Random(seed)
+        arguments = make_run(folder)
+        run(folder / "first", arguments)  # the first one also starts what the others are forked from
+        self.unhurt = {1: self._run_unhurt(1, arguments), 2: self._run_unhurt(2, [*arguments, "--batch-size", "24"])}
+
+    def _run_unhurt(self, processes: int, arguments: list[str]) -> Unhurt:
+        folder = self.folder / f"unhurt_{processes}"
+        ended = run(folder, arguments, processes=processes)
+        if any(ended.codes):
+            raise RuntimeError(f"the unhurt run failed: {ended.error}")
+        return Unhurt(processes, arguments, folder, ended.seconds)
+
+    # Kinds of faults: each hurts a run of the folder, resumes it, and says in the row how.
+
+    def kill(self, row: Row, folder: Path) -> None:
+        """All processes at once, as when a machine is lost; in every third run also while it goes on."""
+        arguments = self.unhurt[row.processes].arguments
+        for number in range(1 + (self.random.random() < 1 / 3)):
+            delay = self.random.uniform(0.1, 0.9 * self.unhurt[row.processes].seconds) / (1 + number)
+            started = Started(folder, [*arguments, "--resume", "auto"], processes=row.processes)
+            time.sleep(delay)
+            if started.alive():  # else it was faster than the unhurt run
+                row.faults.append(f"killed after {delay:.2f} s")
+            for rank in range(row.processes):
+                started.kill(rank)
+            started.wait()
+            row.bytes_lost += lost_bytes(folder)
+        self.go_on(row, folder)
+
+    def kill_rank(self, row: Row, folder: Path) -> None:
+        """One process of several: the others have to end too, before they are all started again."""
+        delay = self.random.uniform(0.1, 0.9 * self.unhurt[row.processes].seconds)
+        rank = self.random.randrange(row.processes)
+        started = Started(folder, self.unhurt[row.processes].arguments, processes=row.processes)
+        time.sleep(delay)
+        if started.alive():
+            row.faults.append(f"rank {rank} killed after {delay:.2f} s")
+        started.kill(rank)
+        started.wait()
+        row.bytes_lost += lost_bytes(folder)
+        self.go_on(row, folder)
+
+    def restart_rank(self, row: Row, folder: Path) -> None:
+        """One process of several, which torchrun starts again."""
+        step, rank = self.random.randint(1, 15), self.random.randrange(row.processes)
+        row.faults.append(f"rank {rank} killed in step {step}, restarted by torchrun")
+        fault = Fault("engine:_update", step, rank=rank)
+        done = torchrun(folder, self.unhurt[row.processes].arguments, fault, processes=row.processes)
+        row.survived, row.error = done.returncode == 0, done.stderr if done.returncode else ""
+
+    def full_disk(self, row: Row, folder: Path) -> None:
+        """A disk, or a quota, that ends at one of the writes: the run has to say so and end with exit code 2."""
+        at = self.random.choice(list(WRITES))
+        call = self.random.randint(1, WRITES[at])
+        if self.disk:
+            folder = self.disk / folder.name
+            folder.mkdir()
+            fault = Fault(at, call, "fill the disk", str(folder))
+        else:
+            fault = Fault("torch:save", call, "limit file size", self.random.randrange(1_000_000))
+        row.faults.append(f"{fault.what} at call {call} of {fault.at}")
+        ended = run(folder, self.unhurt[1].arguments, fault)
+        row.bytes_lost += lost_bytes(folder)
+        (folder / "ballast").unlink(missing_ok=True)
+        if ended.code == 2 and len(ended.error.splitlines()) == 1:
+            self.go_on(row, folder)
+        else:
+            row.error = f"exit code {ended.code}, {ended.error}"
+
+    def go_on(self, row: Row, folder: Path) -> None:
+        ended = resume(folder, self.unhurt[row.processes].arguments, processes=row.processes)
+        row.survived = not any(ended.codes)
+        row.error = "" if row.survived else ended.error
+
+    def one(self, number: int) -> Row:
+        """The fault of that number, of its kind."""
+        kinds: list[tuple[Callable[[Row, Path], None], int]] = [
+            (self.kill, 1),
+            (self.kill, 2),
+            (self.full_disk, 1),
+            (self.kill_rank, 2),
+            (self.kill, 1),
+            (self.restart_rank, 2),
+        ]
+        hurt, processes = kinds[number % len(kinds)]
+        row, folder, start = Row(hurt.__name__, processes, []), self.folder / str(number), time.monotonic()
+        try:
+            hurt(row, folder)
+            folder = folder if folder.exists() else self.disk / folder.name
+            row.differs = differences(folder, self.unhurt[processes].folder)
+        except (TimeoutError, subprocess.TimeoutExpired) as error:
+            row.survived, row.error = False, f"does not end: {error}"
+        row.bytes_lost += lost_bytes(folder)
+        shutil.rmtree(folder)
+        row.seconds = time.monotonic() - start
+        return row
+
+
+def lost_bytes(folder: Path) -> int:
+    """The size of the checkpoints that are there and cannot be read."""
+    lost = 0
+    for path in folder.glob("checkpoint_*.pth"):
+        try:
+            load_checkpoint(path)
+        except UserError:
+            lost += path.stat().st_size
+    return lost
+
+
+def summary(rows: list[Row]) -> dict[str, int]:
+    return {
+        "faults": sum(len(row.faults) for row in rows),
+        "runs": len(rows),
+        "survived": sum(row.survived for row in rows),
+        "bytes_lost": sum(row.bytes_lost for row in rows),
+        "runs_that_differ": sum(bool(row.differs) for row in rows),
+    }
+
+
+def show(kind: str, numbers: dict[str, int]) -> None:
+    print(kind.ljust(28), *(str(value).rjust(len(key) + 2) for key, value in numbers.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=positive, default=60, metavar="N", help="how many at least (default: 60)")
+    parser.add_argument("--seconds", type=positive, metavar="S", help="begin no new one after so long (default: none)")
+    parser.add_argument("--seed", type=int, default=0, help="of the times and places (default: 0)")
+    args = parser.parse_args()
+    start, rows = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as folder:
+        disk = Path(folder) / "disk"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+        try:
+            bench = Bench(Path(folder), disk if mounted else None, args.seed)
+            while sum(len(row.faults) for row in rows) < args.faults:
+                if args.seconds and time.monotonic() - start > args.seconds:
+                    break
+                rows.append(bench.one(len(rows)))
+                print(f"{len(rows)}: {rows[-1].in_words()}", flush=True)
+        finally:
+            if mounted:
+                subprocess.run(["umount", str(disk)], check=True)
+    total = summary(rows)
+    print()
+    print(" " * 28, *(key.rjust(len(key) + 2) for key in total))
+    for kind in sorted({(row.kind, row.processes) for row in rows}):
+        show(f"{kind[0]}, {kind[1]} processes", summary([row for row in rows if (row.kind, row.processes) == kind]))
+    show("all", total)
+    print()
+    machine = describe_machine(torch.device("cpu"), threads=1)
+    bad = [asdict(row) for row in rows if not row.survived or row.differs or row.bytes_lost]
+    settings = {"faults": args.faults, "seed": args.seed, "small_disk": "tmpfs" if mounted else "quota", **ONE_THREAD}
+    print(json.dumps({"machine": machine, "settings": settings, **total, "bad": bad}))
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
