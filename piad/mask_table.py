@@ -11,7 +11,8 @@ from files import read_json, write_text
 from utils import UserError
 
 SMALLEST = -1  # the op code of the smallest network, whatever the number of codes
-MAX_OP_CODES = 100_000  # far above any list of units; a file that claims more is refused before it is expanded
+# Far above any network and any list of units: a file that claims more is refused before it is expanded.
+MAX_OP_CODES, MAX_MODULES = 100_000, 10_000
 
 
 class MaskTable:
@@ -85,6 +86,8 @@ class MaskTable:
         meta = table.get("meta", {})
         if not isinstance(meta, dict):
             raise UserError(f"mask table: meta is a {type(meta).__name__}, not an object")
+        if len(table) > MAX_MODULES:
+            raise UserError(f"mask table: {len(table)} modules, more than {MAX_MODULES}")
         columns = {key: _column(key, value) for key, value in table.items() if key != "meta"}
         codes: set[int] = set()
         for key, column in columns.items():
