@@ -10,7 +10,6 @@ from timm.utils import ParseKwargs
 
 from datasets import FOLDER_NAMES
 from models.macs import CONVENTIONS
-from models.taylor import COSTS
 from piad.selection import parse_amount
 
 # The paper's recipe, DeiT's where the paper says nothing. DeiT-B trains 150 epochs of PIAD: run_train.sh says so.
@@ -150,19 +149,15 @@ def data_overrides(args: argparse.Namespace) -> dict[str, object]:
     return {key: getattr(args, key) for key in ("mean", "std", "interpolation", "crop_pct")}
 
 
-def parse_reparam_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="WPAC: rotate and sort the weights of a ViT, keeping its function.")
-    add_common_arguments(parser)
-    group = parser.add_argument_group("WPAC")
+def add_dropout_ratio(group: argparse._ArgumentGroup) -> None:
+    """How far a mask table goes."""
     group.add_argument(
-        "--cost",
-        choices=COSTS,
-        default="logit",
-        help="whose gradient weighs the tokens: logit of the true class, ce = cross-entropy, pred = the "
-        "largest logit, for images without labels (default: %(default)s)",
+        "--dropout-ratio",
+        type=share,
+        default=0.875,
+        metavar="R",
+        help="share of the MACs that the mask table reaches (default: %(default)s)",
     )
-    group.add_argument("--no-eval", action="store_true", help="skip the evaluation on val/")
-    return parser.parse_args()
 
 
 def parse_main_arguments() -> argparse.Namespace:
@@ -227,12 +222,20 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
         help="linear layers alone, as the paper counts, or with the attention products (default: %(default)s)",
     )
     group.add_argument(
-        "--dropout-ratio",
-        type=share,
-        default=0.875,
-        metavar="R",
-        help="share of the MACs that the dropout list reaches (default: %(default)s)",
+        "--compensate",
+        action=argparse.BooleanOptionalAction,
+        help="sub-networks make up for what they lost; needs compensation.safetensors beside --checkpoint (default: "
+        "where it is)",
     )
+    group.add_argument(
+        "--refit",
+        action="store_true",
+        help="solve the last layers of a sub-network anew on --proxy-samples training images, without labels",
+    )
+    group.add_argument(
+        "--write-sub-networks", action="store_true", help="with --eval: also write each size as a folder op_<code>/"
+    )
+    add_dropout_ratio(group)
     group.add_argument(
         "--progressive-epochs",
         type=positive,

@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +59,24 @@ def evaluate_sizes(
     *,
     amp: torch.dtype | None = None,
     baseline: VisionTransformer | None = None,
+    cut: Callable[[VisionTransformer, dict[str, int]], VisionTransformer] = extract,
+    then: Callable[[VisionTransformer, dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each op code: its size, counted on the extracted model, and its accuracy on the batches.
 
     baseline: other weights of the same backbone, cut to the same widths; their top-1 goes into baseline_top1.
+    cut: makes a sub-network of widths.  then(sub-network, row): what else is done with each.
     """
     rows = []
     for code in progress_bar(op_codes, "sizes"):
         widths = table.widths(code)
-        small = extract(model, widths).to(device)
+        small = cut(model, widths).to(device)
         row = {"op_code": code, **describe(small), **evaluate(small, batches, device, amp)}
         if baseline is not None:
             row["baseline_top1"] = evaluate(extract(baseline, widths).to(device), batches, device, amp)["top1"]
         rows.append(row)
+        if then:
+            then(small, row)
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ from utils import (
     seed_everything,
     world,
 )
+from wpac.compensation import COMPENSATION, load_compensation
+from wpac.refit import refit
 
 NOT_SETTINGS = {
     *("output_dir", "resume", "checkpoint_steps", "keep_every", "eval_every", "eval", "frontier", "baseline"),
@@ -64,18 +67,21 @@ def main() -> None:
 def train_command(args: argparse.Namespace, device: torch.device) -> None:
     """Builds what the stage needs and runs its epochs; with --resume it goes on where the checkpoint stands."""
     train_images, val_images = open_splits(args.data_set, args.data_path)
-    model, op_code = start_model(args, train_images.num_classes)
-    model.to(device)
+    start = start_model(args, train_images.num_classes)
+    model = start.model.to(device)
     config = preprocessing(model, data_overrides(args))
     loading = {"batch_size": args.batch_size, "workers": args.workers}
+    proxy = Interruptible(eval_loader(proxy_set(train_images, args.proxy_samples, args.seed), config, **loading))
     loader = TrainLoader(train_images, config, augmentation(args), seed=args.seed, repeats=args.repeated_aug, **loading)
     val = Interruptible(eval_loader(val_images, config, **loading))
     files = CheckpointFolder(args.output_dir, settings_of(args), args.keep_every)
     state = files.to_resume(args.resume)
+    if args.refit and args.stage == "finetune" and state is None:
+        refit(start.whole, model, (images for images, _ in proxy))
+        start.grade = "refitted"
     training = start_training(args, model, train_images.num_classes, device)
     piad = None
     if args.stage == "piad":
-        proxy = Interruptible(eval_loader(proxy_set(train_images, args.proxy_samples, args.seed), config, **loading))
         table = MaskTable.from_json(state["mask_table"]) if state else None
         piad = ProgressiveDropout(
             model, proxy, ratio=args.dropout_ratio, epochs=args.progressive_epochs, seed=args.seed, table=table
@@ -108,26 +114,52 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
     ).fit(args.epochs)
     if args.stage == "finetune":
         accuracy = evaluate(model, val, device)
-        finish_finetune(args, model, config, {"op_code": op_code, "accuracy": accuracy, "data_set": args.data_set})
+        facts = {"op_code": start.op_code, "accuracy": accuracy, "data_set": args.data_set}
+        finish_finetune(args, model, config, facts | {"grade": f"{start.grade}, then fine-tuned"})
 
 
-def start_model(args: argparse.Namespace, num_classes: int) -> tuple[VisionTransformer, int]:
-    """The model that the stage trains, on the CPU, and its op code."""
+@dataclass
+class Start:
+    """The model that a stage trains, on the CPU; for finetune also the whole one it was cut from, and how."""
+
+    model: VisionTransformer
+    op_code: int = 0
+    whole: VisionTransformer | None = None
+    grade: str = "cut"
+
+
+def start_model(args: argparse.Namespace, num_classes: int) -> Start:
+    """Loads the stage's weights, and cuts the sub-network that finetune trains."""
     model_kwargs = {**args.model_kwargs, "drop_path_rate": args.drop_path}
     weights = {"checkpoint": args.checkpoint, "num_classes": num_classes, "use_ema": args.use_ema}
     if args.stage == "finetune":
         model, table = load_super_network(args.model, model_kwargs, mask_table=args.mask_table, **weights)
+        grade = compensated(args, model)
         op_codes = frontier.chosen_op_codes(args, model, table)
         if len(op_codes) != 1 or not (args.op_code or args.macs_ratio or args.macs or args.params):
             raise UserError("finetune trains one size: give one of --op-code, --macs-ratio, --macs, --params")
-        model = extract(model, table.widths(op_codes[0]))
-        fit_head(model, num_classes, remake=True)
-        return model, op_codes[0]
+        small = extract(model, table.widths(op_codes[0]))
+        fit_head(small, num_classes, remake=True)
+        return Start(small, op_codes[0], model, grade)
     if args.stage == "piad" and args.checkpoint is None:
         raise UserError("--checkpoint is missing: piad starts from contracted weights, as reparam.py writes them")
     model = load_backbone(args.model, model_kwargs, pretrained=args.pretrained, **weights)
     fit_head(model, num_classes, remake=args.stage == "pretrain")
-    return (make_elastic(model) if args.stage == "piad" else model), 0
+    return Start(make_elastic(model) if args.stage == "piad" else model)
+
+
+def compensated(args: argparse.Namespace, model: VisionTransformer) -> str:
+    """Gives the super-network its compensation, if there is one and --no-compensate does not say otherwise.
+
+    Returns the grade of what is cut from it: "cut" or "compensated".
+    """
+    path = Path(args.checkpoint).parent / COMPENSATION
+    if args.compensate is False or (args.compensate is None and not path.exists()):
+        return "cut"
+    if not path.exists():
+        raise UserError(f"--compensate: {path} does not exist; reparam.py --method best writes it")
+    load_compensation(path, model)
+    return "compensated"
 
 
 def start_training(
@@ -229,6 +261,7 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
     if args.sub_network:
         model, config = load_subnetwork(args.sub_network)
         table, op_codes, weights = MaskTable([full_widths(model)]), [0], args.sub_network
+        grade = config.get("grade", "cut")
         config = config["preprocessing"] | {k: v for k, v in data_overrides(args).items() if v is not None}
     else:
         model, table = load_super_network(
@@ -239,6 +272,7 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
             num_classes=val_images.num_classes,
             use_ema=args.use_ema,
         )
+        grade = compensated(args, model)
         op_codes, weights = frontier.chosen_op_codes(args, model, table), args.checkpoint
         config = preprocessing(model, data_overrides(args))
     fit_head(model, val_images.num_classes, remake=False)
@@ -251,13 +285,47 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
     size = format_amount(count_params(model))
     kind = "averaged (EMA)" if args.use_ema else "raw"
     say(f"weights: {weights}, {kind}; {len(val_images)} images of {args.data_set}")
-    rows = frontier.evaluate_sizes(model.eval(), table, op_codes, val, device, amp=amp, baseline=baseline)
-    facts = {
-        "title": f"{args.data_set}: one super-network of {size} parameters",
-        "weights": str(weights),
-        "averaged_weights": args.use_ema,
-    }
-    frontier.write_report(rows, args.output_dir, {**facts, "images": len(val_images)})
+    cut = extract
+    if args.refit:
+        train = open_images(args.data_set, args.data_path, "train")
+        proxy = eval_loader(
+            proxy_set(train, args.proxy_samples, args.seed), config, batch_size=args.batch_size, workers=args.workers
+        )
+        cut, grade = partial(refitted, images=[images for images, _ in proxy], device=device), "refitted"
+    facts = {"weights": str(weights), "averaged_weights": args.use_ema, "grade": grade, "images": len(val_images)}
+    write = partial(write_sub_network, args, config, facts) if args.write_sub_networks else None
+    rows = frontier.evaluate_sizes(
+        model.eval(), table, op_codes, val, device, amp=amp, baseline=baseline, cut=cut, then=write
+    )
+    title = f"{args.data_set}: one super-network of {size} parameters"
+    frontier.write_report(rows, args.output_dir, {"title": title, **facts})
+
+
+def refitted(
+    model: VisionTransformer, widths: dict[str, int], images: list[torch.Tensor], device: torch.device
+) -> VisionTransformer:
+    """The sub-network at `widths`, its last layers solved anew on the images."""
+    small = extract(model, widths).to(device)
+    refit(model, small, images)
+    return small
+
+
+def write_sub_network(
+    args: argparse.Namespace, config: dict, facts: dict[str, Any], model: VisionTransformer, row: dict[str, Any]
+) -> None:
+    """Writes an evaluated sub-network as the folder op_<code>/."""
+    if is_main_process():
+        save_subnetwork(
+            args.output_dir / f"op_{row['op_code']}",
+            model,
+            name=args.model,
+            model_kwargs=args.model_kwargs,
+            preprocessing=config,
+            op_code=row["op_code"],
+            accuracy={**accuracy_of(row), "images": facts["images"]},
+            data_set=args.data_set,
+            grade=facts["grade"],
+        )
 
 
 if __name__ == "__main__":

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader
 
-from arguments import data_overrides, parse_reparam_arguments
+from arguments import add_common_arguments, add_dropout_ratio, data_overrides, decimal
 from datasets import eval_loader, open_splits, preprocessing, proxy_set
 from engine import evaluate
 from files import atomic_file, check_output_dir, write_text
-from models.backbone import fit_head, full_widths, load_backbone
+from models.backbone import fit_head, full_widths, load_backbone, modules_of
 from models.extraction import extract
+from models.macs import count_macs, macs_per_dim, tokens_of
+from models.taylor import COSTS
+from piad.dropout_list import grow, unit_sizes
+from piad.mask_table import MaskTable
 from utils import UserError, init_processes, is_main_process, progress_bar, run_program, say, seed_everything
+from wpac.allocation import dim_errors
+from wpac.compensation import COMPENSATION, DAMPING, compensate, save_compensation
 from wpac.statistics import collect_statistics
-from wpac.transform import contract
+from wpac.transform import BASES, ORDERS, centre_values, contract
 
 SHARES = (0.25, 0.5, 0.75)
 
 
+# --method: basis and order.
+METHODS = {"paper": ("wpac", "taylor"), "best": ("fisher", "fisher")}
+
+
 def main() -> None:
-    args = parse_reparam_arguments()
+    args = parse_arguments()
     device = init_processes(args)
     seed_everything(args.seed)
     if args.checkpoint is None and not args.pretrained:
@@ -51,8 +63,17 @@ def main() -> None:
     probe = next(iter(proxy))[0].to(device)
     before = logits_of(model, probe)
     top1_before = evaluate(model, val_batches, device)["top1"] if val else None
-    statistics = collect_statistics(model, progress_bar(proxy, "statistics"), args.cost)
-    spectra = contract(model, statistics)
+    statistics = collect_statistics(
+        model,
+        progress_bar(proxy, "statistics"),
+        args.cost,
+        squared=args.order == "hessian",
+        outputs=args.method == "best" or "fisher" in (args.basis, args.order),
+    )
+    spectra = contract(model, statistics, args.basis, args.order, args.damping)
+    if args.method == "best":
+        centre_values(model, statistics)
+        without = compensate(model, statistics.outputs, args.damping)
     after = logits_of(model, probe)
     facts = {
         "model": args.model,
@@ -62,17 +83,67 @@ def main() -> None:
         "checkpoint": str(args.checkpoint or "timm pretrained"),
         "averaged_weights": args.use_ema,
         "cost": args.cost,
+        "method": args.method,
+        "basis": args.basis,
+        "order": args.order,
         "proxy_samples": args.proxy_samples,
         "seed": args.seed,
         "logit_difference": ((after - before).abs().max() / before.abs().max()).item(),
         "shares": shares_of(spectra),
     }
-    report_exactness(facts)
+    if args.method == "best":
+        facts |= {"damping": args.damping, "not_compensated": without}
+    report(facts)
     if val:
         facts["top1"] = {"before": top1_before, **truncated_top1(model, val_batches, device)}
         for name, value in facts["top1"].items():
             say(f"top-1 {name}: {value:.2f} %")
-    save(model, facts, args.output_dir)
+    table = None
+    if args.mask_table:
+        table = table_without_training(model, dim_errors(model, statistics, args.damping), args)
+    save(model, facts, table, args.output_dir)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="WPAC: rotate and sort the weights of a ViT, keeping its function.")
+    add_common_arguments(parser)
+    group = parser.add_argument_group("WPAC")
+    group.add_argument(
+        "--cost",
+        choices=COSTS,
+        default="logit",
+        help="whose gradient weighs the tokens: logit of the true class, ce = cross-entropy, pred = the "
+        "largest logit, for images without labels (default: %(default)s)",
+    )
+    group.add_argument("--no-eval", action="store_true", help="skip the evaluation on val/")
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        default="paper",
+        help="paper: principal axes for attention, hidden units sorted; best: both by their effect on the loss, and "
+        "compensation.safetensors, with which sub-networks make up for what they lost (default: %(default)s)",
+    )
+    group.add_argument("--basis", choices=BASES, help="of attention dims (default: wpac; fisher with --method best)")
+    group.add_argument("--order", choices=ORDERS, help="of hidden units (default: taylor; fisher with --method best)")
+    group.add_argument(
+        "--damping",
+        type=decimal,
+        default=DAMPING,
+        metavar="X",
+        help="of compensation: share of the mean variance added to each input's (default: %(default)s)",
+    )
+    group.add_argument(
+        "--mask-table",
+        action="store_true",
+        help="with --method best: also write mask_table.json, sizes chosen by the loss of each dim, without training",
+    )
+    add_dropout_ratio(group)
+    args = parser.parse_args()
+    if args.mask_table and args.method != "best":
+        parser.error("--mask-table needs --method best: its sizes are for compensated sub-networks")
+    basis, order = METHODS[args.method]
+    args.basis, args.order = args.basis or basis, args.order or order
+    return args
 
 
 @torch.inference_mode()
@@ -91,9 +162,12 @@ def shares_of(spectra: dict[str, torch.Tensor]) -> dict[str, dict[str, list[floa
     return shares
 
 
-def report_exactness(facts: dict) -> None:
+def report(facts: dict) -> None:
     say(f"largest difference of the logits before and after: {facts['logit_difference']:.1e} of the largest logit")
-    say("share of weighted variance (MLP: of importance) in the first 1/4, 1/2, 3/4 of the dims:")
+    for key in facts.get("not_compensated", []):
+        say(f"{key} is cut without compensation: with it the proxy images come out worse; more of them may help")
+    measure = "effect on scores and loss" if facts["basis"] == "fisher" else "weighted variance"
+    say(f"share of {measure} (MLP: of importance) in the first 1/4, 1/2, 3/4 of the dims:")
     for key, parts in facts["shares"].items():
         say(f"  {key:>8}  " + "   ".join(f"{name} " + " ".join(f"{v:.3f}" for v in row) for name, row in parts.items()))
 
@@ -108,7 +182,17 @@ def truncated_top1(model: VisionTransformer, batches: DataLoader, device: torch.
     return results
 
 
-def save(model: VisionTransformer, facts: dict, folder: Path) -> None:
+def table_without_training(
+    model: VisionTransformer, errors: dict[str, np.ndarray], args: argparse.Namespace
+) -> MaskTable:
+    """The mask table that drops units by the loss of their dims for each MAC, all at once."""
+    modules = modules_of(model)
+    macs = {key: macs_per_dim(module, tokens_of(model)) for key, module in modules.items()}
+    whole = MaskTable([full_widths(model)], {"model": args.model, "made_by": "reparam.py --mask-table"})
+    return grow(whole, errors, unit_sizes(modules), macs, args.dropout_ratio * count_macs(model))
+
+
+def save(model: VisionTransformer, facts: dict, table: MaskTable | None, folder: Path) -> None:
     if not is_main_process():
         return
     weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
@@ -116,6 +200,14 @@ def save(model: VisionTransformer, facts: dict, folder: Path) -> None:
         save_file(weights, temporary)
     write_text(folder / "contracted.json", json.dumps(facts, indent=1) + "\n")
     say(f"written: {folder / 'contracted.safetensors'} and contracted.json")
+    if facts["method"] == "best":
+        size = save_compensation(folder / COMPENSATION, model)
+        say(f"written: {folder / COMPENSATION}, {size / 1e6:.1f} MB")
+    else:
+        (folder / COMPENSATION).unlink(missing_ok=True)  # of weights that are no longer there
+    if table:
+        table.save(folder / "mask_table.json")
+        say(f"written: {folder / 'mask_table.json'}, {len(table)} sizes, without training")
 
 
 if __name__ == "__main__":

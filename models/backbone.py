@@ -115,6 +115,11 @@ def check_widths(model: VisionTransformer, widths: dict[str, int]) -> None:
             raise UserError(f"widths: {key} is {width}, outside 0..{full[key]}")
 
 
+def last_layer(block: Block, kind: str) -> nn.Linear:
+    """The linear layer that ends a branch; its inputs are what a width cuts."""
+    return block.attn.proj if kind == "attn" else block.mlp.fc2
+
+
 # Running a backbone in parts. timm runs all blocks in one call; importance needs the inputs of each.
 
 

@@ -31,20 +31,30 @@ def attention_slices(attn: Attention, width: int) -> dict[str, Tensor]:
     if attn.qkv.bias is not None:
         bias = attn.qkv.bias.view(3, H, d)[:, :, :width] * scale.view(3, 1, 1)
         slices["qkv.bias"] = bias.reshape(3 * H * width)
-    slices["proj.weight"] = attn.proj.weight.view(-1, H, d)[:, :, :width].reshape(-1, H * width)
-    if attn.proj.bias is not None:
-        slices["proj.bias"] = attn.proj.bias
-    return slices
+    return slices | _last_layer_slices("proj", attn, H, width)
 
 
 def mlp_slices(mlp: Mlp, width: int) -> dict[str, Tensor]:
     """Weights of a plain Mlp of the first `width` hidden units."""
-    slices = {"fc1.weight": mlp.fc1.weight[:width], "fc2.weight": mlp.fc2.weight[:, :width]}
+    slices = {"fc1.weight": mlp.fc1.weight[:width]}
     if mlp.fc1.bias is not None:
         slices["fc1.bias"] = mlp.fc1.bias[:width]
-    if mlp.fc2.bias is not None:
-        slices["fc2.bias"] = mlp.fc2.bias
-    return slices
+    return slices | _last_layer_slices("fc2", mlp, 1, width)
+
+
+def _last_layer_slices(name: str, branch: nn.Module, heads: int, width: int) -> dict[str, Tensor]:
+    """Weight and bias of the layer that ends a module, for the first `width` inputs of each head.
+
+    Where the module has a `compensation` (wpac/compensation.py), what is kept makes up for what is cut.
+    """
+    layer, compensation = getattr(branch, name), getattr(branch, "compensation", None)
+    weight, bias = layer.weight.unflatten(1, (heads, -1)), layer.bias  # (D, H, d)
+    if compensation is None or width == weight.shape[2]:
+        weight = weight[:, :, :width].flatten(1)
+    else:
+        weight, bias = compensation(weight.transpose(1, 2).flatten(1), bias, heads * width)
+        weight = weight.unflatten(1, (width, heads)).transpose(1, 2).flatten(1)
+    return {f"{name}.weight": weight} | ({f"{name}.bias": bias} if bias is not None else {})
 
 
 class ElasticAttention(Attention):

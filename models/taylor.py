@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from utils import reduce_sum
 
-from .backbone import Module, modules_of
+from .backbone import Module, last_layer, modules_of
 
 # The cost C, summed over the batch, from logits (B, classes) and targets (B,).
 COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -24,16 +24,22 @@ COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Collector(Protocol):
-    """What tap() feeds: x and g = dC/dx, (B, N, 3, H, w) for q, k, v of an attention, (B, N, w) for an MLP."""
+    """What tap() feeds: x and g = dC/dx, (B, N, 3, H, w) for q, k, v of an attention, (B, N, w) for an MLP.
+
+    Of a module's last layer x is its input (B, N, H w) or (B, N, w), and g the gradient at its output (B, N, D).
+    """
 
     def update(self, x: Tensor, g: Tensor) -> None: ...
 
 
 @contextlib.contextmanager
-def tap(model: VisionTransformer, collectors: dict[str, Collector]) -> Iterator[None]:
+def tap(
+    model: VisionTransformer, collectors: dict[str, Collector], last_layers: dict[str, Collector] | None = None
+) -> Iterator[None]:
     """Within it, each backward pass through `model` updates the collectors (module key -> collector).
 
-    Parameters get no gradient meanwhile: only activations do, which makes the pass cheaper than a training step.
+    last_layers: those that read the module's last layer. Parameters get no gradient meanwhile: only activations do,
+    which makes the pass cheaper than a training step.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     # With frozen parameters the graph has to start somewhere: at the patch embedding's output.
@@ -45,6 +51,8 @@ def tap(model: VisionTransformer, collectors: dict[str, Collector]) -> Iterator[
         point = block.attn.qkv if module.kind == "attn" else block.mlp.act
         heads = (3, module.heads, module.width) if module.kind == "attn" else (module.width,)
         hooks.append(point.register_forward_hook(_hook(collectors[key], heads)))
+        if last_layers:
+            hooks.append(last_layer(block, module.kind).register_forward_hook(_last_layer_hook(last_layers[key])))
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -64,17 +72,26 @@ def _hook(collector: Collector, shape: tuple[int, ...]) -> Callable:
     return forward_hook
 
 
+def _last_layer_hook(collector: Collector) -> Callable:
+    def forward_hook(_module: object, inputs: tuple[Tensor], output: Tensor) -> None:
+        x = inputs[0].detach()
+        output.register_hook(lambda g: collector.update(x, g))
+
+    return forward_hook
+
+
 def collect(
     model: VisionTransformer,
     collectors: dict[str, Collector],
     batches: Iterable[tuple[Tensor, Tensor]],
     cost: str,
+    last_layers: dict[str, Collector] | None = None,
 ) -> None:
     """One forward and backward pass over the batches in eval mode, in the model's own precision."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    with tap(model, collectors), torch.autocast(device.type, enabled=False):
+    with tap(model, collectors, last_layers), torch.autocast(device.type, enabled=False):
         for images, targets in batches:
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             COSTS[cost](model(images), targets).backward()
@@ -82,12 +99,13 @@ def collect(
 
 
 class TaylorImportance:
-    """Mean over tokens of |g * x| for each dim of a module; for an attention, of q, k and v each.
+    """Mean over tokens of |g * x| for each dim of a module, or of its square; for an attention, of q, k and v each.
 
     finalize() gives (3, H, w) for an attention and (w,) for an MLP, float64, summed over ranks.
     """
 
-    def __init__(self, module: Module, device: torch.device):
+    def __init__(self, module: Module, device: torch.device, squared: bool = False):
+        self.power = 2 if squared else 1
         shape = (3, module.heads, module.width) if module.kind == "attn" else (module.width,)
         self.total = torch.zeros(shape, dtype=torch.float64, device=device)
         self.count = torch.zeros((), dtype=torch.float64, device=device)
@@ -95,7 +113,7 @@ class TaylorImportance:
     @torch.no_grad()
     def update(self, x: Tensor, g: Tensor) -> None:
         """x, g: (B, N, 3, H, w) or (B, N, w)."""
-        self.total += (g * x).abs_().sum((0, 1), dtype=torch.float64)
+        self.total += (g * x).abs_().pow_(self.power).sum((0, 1), dtype=torch.float64)
         self.count += x.shape[0] * x.shape[1]
 
     def finalize(self) -> Tensor:

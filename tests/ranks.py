@@ -21,7 +21,10 @@ from models.elastic import make_elastic, set_widths
 from models.extraction import extract
 from piad.importance import dimension_importance, module_sensitivity
 from utils import UserError, check_ranks_agree, gather_over_ranks, mean_over_ranks, reduce_sum, say, world
+from wpac.compensation import compensate
+from wpac.refit import refit
 from wpac.statistics import collect_statistics
+from wpac.transform import contract
 
 SHARDS = (slice(0, 5), slice(5, 8))  # of 8 images: three batches on one rank and two on the other
 BATCH_SIZE = 2
@@ -108,3 +111,16 @@ def rank_work(rank: int) -> dict[str, Any]:
         "gradients": ddp_gradients(rank),
         "processes": process_helpers(rank),
     }
+
+
+def last_layer_moments(shard: slice) -> dict[str, torch.Tensor]:
+    """What compensation and a refit make of one part of the data."""
+    images, targets = random_data(8)
+    data = batches(images[shard], targets[shard], BATCH_SIZE)
+    model = random_backbone()
+    statistics = collect_statistics(model, data, "ce", outputs=True)
+    contract(model, statistics, "fisher", "fisher")
+    compensate(model, statistics.outputs)
+    small = extract(model, some_widths(model))
+    refit(model, small, [batch for batch, _ in data])
+    return {key: value.detach() for key, value in small.state_dict().items()}

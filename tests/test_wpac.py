@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from models.backbone import modules_of
 from models.taylor import tap
 from utils import UserError
+from wpac.bases import descending_eigenvectors, variance_bases
 from wpac.statistics import Statistics, collect_statistics
-from wpac.transform import contract, descending_eigenvectors, rotate_attention, sort_mlp
+from wpac.transform import contract, permute_mlp, rotate_attention
 
 
 def reference_tokens(model: nn.Module, images: Tensor, targets: Tensor, cost: str) -> dict[str, list]:
@@ -230,17 +231,27 @@ def test_hidden_units_lie_in_descending_importance(any_backbone, data):
         assert relative(spectra[key], importance / importance.sum()) < 1e-10
 
 
-@torch.no_grad()
 def test_equally_important_hidden_units_keep_their_order():
+    model = random_backbone(mlp_ratio=0.125)  # 6 hidden units
+    statistics = collect_statistics(model, [random_data(2)])
+    statistics.importance["0.mlp"] = torch.tensor([1.0, 2.0, 1.0, 2.0, 0.0, 1.0], dtype=torch.float64)
+    before = copy.deepcopy(model.blocks[0].mlp)
+    spectra = contract(model, statistics)
+    with torch.no_grad():
+        permute_mlp(before, torch.tensor([1, 3, 0, 2, 5, 4]))
+    assert all(torch.equal(value, before.state_dict()[key]) for key, value in model.blocks[0].mlp.state_dict().items())
+    assert torch.allclose(spectra["0.mlp"], torch.tensor([2, 2, 1, 1, 1, 0], dtype=torch.float64) / 7)
+
+
+def test_a_permutation_reaches_every_weight_of_an_mlp():
     mlp = Mlp(4, 6).double()
     weights = copy.deepcopy(mlp.state_dict())
-    shares = sort_mlp(mlp, torch.tensor([1.0, 2.0, 1.0, 2.0, 0.0, 1.0], dtype=torch.float64))
     order = [1, 3, 0, 2, 5, 4]
+    permute_mlp(mlp, torch.tensor(order))
     assert torch.equal(mlp.fc1.weight, weights["fc1.weight"][order])
     assert torch.equal(mlp.fc1.bias, weights["fc1.bias"][order])
     assert torch.equal(mlp.fc2.weight, weights["fc2.weight"][:, order])
     assert torch.equal(mlp.fc2.bias, weights["fc2.bias"])
-    assert torch.allclose(shares, torch.tensor([2, 2, 1, 1, 1, 0], dtype=torch.float64) / 7)
 
 
 @settings(max_examples=40)
@@ -306,8 +317,7 @@ def test_a_head_whose_dims_lie_in_order_is_left_alone(backbone, data):
     covariance = torch.diag_embed(torch.arange(16.0, 0.0, -1, dtype=torch.float64)).repeat(3, 3, 1, 1)
     covariance[:, 1] = collect_statistics(backbone, [data]).covariance["0.attn"][:, 1]
     before = attn.qkv.weight.detach().clone().view(3, 3, 16, -1)
-    with torch.no_grad():
-        rotate_attention(attn, covariance)
+    rotate_attention(attn, variance_bases(covariance)[0])
     after = attn.qkv.weight.view(3, 3, 16, -1)
     assert torch.equal(after[:, [0, 2]], before[:, [0, 2]])
     assert not torch.allclose(after[:, 1], before[:, 1])

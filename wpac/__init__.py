@@ -1,6 +1,18 @@
-"""Weighted PCA for attention contraction: statistics, and the transform that keeps the function."""
+"""Contraction: statistics, the transforms that keep the function, compensation, refitting, sizes without training."""
 
+from .allocation import dim_errors
+from .compensation import compensate, load_compensation, save_compensation
+from .refit import refit
 from .statistics import collect_statistics
-from .transform import contract
+from .transform import centre_values, contract
 
-__all__ = ["collect_statistics", "contract"]
+__all__ = [
+    "centre_values",
+    "collect_statistics",
+    "compensate",
+    "contract",
+    "dim_errors",
+    "load_compensation",
+    "refit",
+    "save_compensation",
+]

@@ -1,9 +1,9 @@
-"""WPAC's statistics: token-weighted covariances of q, k and v, and the importance of hidden units, in one pass."""
+"""What contraction has to know of a model, all of it in one forward and backward pass over the proxy images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -13,12 +13,59 @@ from models.backbone import Module, modules_of
 from models.taylor import TaylorImportance, collect
 from utils import reduce_sum
 
+from .compensation import OutputCollector, OutputMoments
 
-class WeightedCovariance:
-    """Streaming sum_t theta_t (x_t - mu)(x_t - mu)^T of q, k and v of every head, in float64.
 
-    theta is the importance of a token for one head: the mean over its d dims of |g * x| (first-order Taylor); mu is
-    the plain mean over all tokens. Nothing depends on how the tokens are cut into batches or spread over ranks.
+@dataclass
+class TokenMoments:
+    """Of q, k and v of every head, theta the weight of a token; float64.
+
+    second (3, H, d, d): sum theta x x^T.  first (3, H, d): sum theta x.  weight (3, H): sum theta.
+    mean (3, H, d): the plain mean of x.  gradient (3, H, d, d): the plain mean of g g^T.
+    """
+
+    second: Tensor
+    first: Tensor
+    weight: Tensor
+    mean: Tensor
+    gradient: Tensor
+
+    def covariance(self) -> Tensor:
+        """sum theta (x - mean)(x - mean)^T, (3, H, d, d), symmetric (paper, WPAC)."""
+        return self._about(self.mean)
+
+    def scores(self) -> Tensor:
+        """What the scores q^T k hang on, (2, H, d, d): weighted moments of q about zero, and of k about its mean.
+
+        q is not centred: its mean times k differs from key to key. k is: a shift of all keys leaves the softmax as it
+        is.
+        """
+        k_mean = self.first[1] / self.weight[1, :, None].clamp(min=torch.finfo(torch.float64).tiny)
+        return self._about(torch.stack([torch.zeros_like(k_mean), k_mean, self.mean[2]]))[:2]
+
+    def moved(self, transforms: Tensor) -> TokenMoments:
+        """The moments of T x, transforms (3, H, d, d); a gradient moves with the inverse of T^T."""
+        dual = torch.linalg.inv(transforms).mT
+        return TokenMoments(
+            transforms @ self.second @ transforms.mT,
+            (transforms @ self.first[..., None])[..., 0],
+            self.weight,
+            (transforms @ self.mean[..., None])[..., 0],
+            dual @ self.gradient @ dual.mT,
+        )
+
+    def _about(self, center: Tensor) -> Tensor:
+        cross = self.first[..., :, None] * center[..., None, :]
+        square = self.weight[..., None, None] * center[..., :, None] * center[..., None, :]
+        moments = self.second - cross - cross.mT + square
+        return (moments + moments.mT) / 2
+
+
+class TokenCollector:
+    """Streams the TokenMoments of an attention in float64.
+
+    theta is the importance of a token for one head: the mean over its d dims of |g * x| (first-order Taylor).
+    Nothing depends on how the tokens are cut into batches or spread over ranks.
     """
 
     def __init__(self, module: Module, device: torch.device):
@@ -27,56 +74,66 @@ class WeightedCovariance:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.second = zeros(3, H, d, d)  # sum theta x x^T
-        self.first = zeros(3, H, d)  # sum theta x
-        self.weight = zeros(3, H)  # sum theta
-        self.plain = zeros(3, H, d)  # sum x
-        self.count = zeros()
+        self.second, self.first, self.weight = zeros(3, H, d, d), zeros(3, H, d), zeros(3, H)
+        self.plain, self.gradient, self.count = zeros(3, H, d), zeros(3, H, d, d), zeros()
 
     @torch.no_grad()
     def update(self, x: Tensor, g: Tensor) -> None:
         """x, g: (B, N, 3, H, d)."""
         theta = (g * x).abs_().mean(-1, dtype=torch.float64)  # (B, N, 3, H)
-        tokens = x.flatten(0, 1).permute(1, 2, 0, 3).to(torch.float64)  # (3, H, T, d)
+        tokens, gradients = (t.flatten(0, 1).permute(1, 2, 0, 3).to(torch.float64) for t in (x, g))  # (3, H, T, d)
         weighted = tokens * theta.flatten(0, 1).permute(1, 2, 0)[..., None]  # (3, H, T, d)
-        self.second += weighted.transpose(-1, -2) @ tokens
+        self.second += weighted.mT @ tokens
         self.first += weighted.sum(-2)
         self.weight += theta.sum((0, 1))
         self.plain += tokens.sum(-2)
+        self.gradient += gradients.mT @ gradients
         self.count += tokens.shape[-2]
 
-    def finalize(self) -> Tensor:
-        """The covariances (3, H, d, d), symmetric, of all ranks' tokens together."""
-        reduce_sum(self.second, self.first, self.weight, self.plain, self.count)
-        mu = self.plain / self.count
-        cross = self.first[..., :, None] * mu[..., None, :]
-        covariance = self.second - cross - cross.mT + self.weight[..., None, None] * mu[..., :, None] * mu[..., None, :]
-        return (covariance + covariance.mT) / 2
+    def finalize(self) -> TokenMoments:
+        """The moments of all ranks' tokens together."""
+        reduce_sum(self.second, self.first, self.weight, self.plain, self.gradient, self.count)
+        return TokenMoments(self.second, self.first, self.weight, self.plain / self.count, self.gradient / self.count)
 
 
 @dataclass
 class Statistics:
-    """covariance: "<block>.attn" -> (3, H, d, d) for q, k, v; importance: "<block>.mlp" -> (M,); float64."""
+    """tokens: "<block>.attn" -> TokenMoments; importance: "<block>.mlp" -> (M,) in float64, of hidden units.
 
-    covariance: dict[str, Tensor]
+    outputs: every module -> OutputMoments of its last layer, where asked for.
+    """
+
+    tokens: dict[str, TokenMoments]
     importance: dict[str, Tensor]
+    outputs: dict[str, OutputMoments] = field(default_factory=dict)
+
+    @property
+    def covariance(self) -> dict[str, Tensor]:
+        """ "<block>.attn" -> (3, H, d, d) of q, k and v (paper, WPAC)."""
+        return {key: moments.covariance() for key, moments in self.tokens.items()}
 
 
 def collect_statistics(
-    model: VisionTransformer, batches: Iterable[tuple[Tensor, Tensor]], cost: str = "logit"
+    model: VisionTransformer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    cost: str = "logit",
+    *,
+    squared: bool = False,
+    outputs: bool = False,
 ) -> Statistics:
     """Runs the proxy batches (images (B, C, height, width), targets (B,)) once and reduces over the ranks.
 
     `cost` is C, whose gradient weighs the tokens: "logit", "ce" or "pred" (see models.taylor.COSTS).
+    squared: importance is the mean of (g * h)^2, not of |g * h|.  outputs: also what compensation needs.
     """
     device = next(model.parameters()).device
-    collectors = {
-        key: WeightedCovariance(module, device) if module.kind == "attn" else TaylorImportance(module, device)
-        for key, module in modules_of(model).items()
-    }
-    collect(model, collectors, batches, cost)
-    results = {key: collector.finalize() for key, collector in collectors.items()}
+    modules = modules_of(model)
+    tokens = {key: TokenCollector(module, device) for key, module in modules.items() if module.kind == "attn"}
+    units = {key: TaylorImportance(m, device, squared) for key, m in modules.items() if m.kind == "mlp"}
+    last = {key: OutputCollector(module, device) for key, module in modules.items()} if outputs else {}
+    collect(model, {**tokens, **units}, batches, cost, last)
     return Statistics(
-        covariance={key: value for key, value in results.items() if key.endswith(".attn")},
-        importance={key: value for key, value in results.items() if key.endswith(".mlp")},
+        {key: collector.finalize() for key, collector in tokens.items()},
+        {key: collector.finalize() for key, collector in units.items()},
+        {key: collector.finalize() for key, collector in last.items()},
     )

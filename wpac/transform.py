@@ -7,74 +7,118 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .statistics import Statistics
+from models.backbone import modules_of
+
+from .bases import elimination_order, score_bases, value_basis, variance_bases
+from .compensation import DAMPING, OutputMoments, ordered_layer
+from .statistics import Statistics, TokenMoments
+
+BASES = ("wpac", "fisher")
+ORDERS = ("taylor", "hessian", "fisher")
 
 
 @torch.no_grad()
-def contract(model: VisionTransformer, statistics: Statistics) -> dict[str, Tensor]:
+def contract(
+    model: VisionTransformer,
+    statistics: Statistics,
+    basis: str = "wpac",
+    order: str = "taylor",
+    damping: float = DAMPING,
+) -> dict[str, Tensor]:
     """Contracts the model in place; its logits stay what they were (relative error < 1e-10 in float64).
 
-    Returns the spectra: for "<block>.attn" (2, d), the share of weighted variance of each dim of q and k together
-    and of v, over all heads; for "<block>.mlp" (M,), the share of importance of each hidden unit; both descending.
+    basis: "wpac", the paper's principal axes, or "fisher", by their effect on the scores and on the loss.  order, of
+    hidden units: by the importance in the statistics (Taylor or Hessian, as collected), or "fisher", by the loss
+    without them, what is left making up for it.  What is "fisher" needs statistics.outputs; they move into the new
+    coordinates.
+
+    Returns the spectra: for "<block>.attn" (2, d), the share of variance (fisher: of the effect) of each dim of q and
+    k together and of v, over all heads; for "<block>.mlp" (M,), the share of importance of each hidden unit.
     """
     spectra = {}
-    for key, covariance in statistics.covariance.items():
-        block, _ = key.split(".")
-        spectra[key] = rotate_attention(model.blocks[int(block)].attn, covariance)
-    for key, importance in statistics.importance.items():
-        block, _ = key.split(".")
-        spectra[key] = sort_mlp(model.blocks[int(block)].mlp, importance)
+    for key, module in modules_of(model).items():
+        block, outputs = model.blocks[module.block], statistics.outputs.get(key)
+        if module.kind == "attn" and basis == "wpac":
+            transforms, spectrum = variance_bases(statistics.tokens[key].covariance())
+        elif module.kind == "attn":
+            transforms, spectrum = _fisher_bases(block.attn, statistics.tokens[key], outputs)
+        if module.kind == "attn":
+            spectra[key] = torch.stack([_shares(values.sum(0)) for values in spectrum])
+            rotate_attention(block.attn, transforms)
+            if outputs:
+                statistics.tokens[key] = statistics.tokens[key].moved(transforms)
+                statistics.outputs[key] = outputs.moved(torch.block_diag(*transforms[2])).ordered(
+                    torch.arange(module.heads * module.width).view(module.heads, -1).T.flatten()
+                )
+            continue
+        importance = statistics.importance[key]
+        indices = torch.argsort(importance, descending=True, stable=True)
+        if order == "fisher":
+            weight, _ = ordered_layer(model, module)
+            indices = elimination_order(weight.cpu(), outputs.damped(damping).cpu(), outputs.metric.cpu())
+            indices = indices.to(weight.device)
+        spectra[key] = _shares(importance[indices])
+        permute_mlp(block.mlp, indices)
+        if outputs:
+            statistics.outputs[key] = outputs.ordered(indices)
     return spectra
 
 
-@torch.no_grad()
-def rotate_attention(attn: Attention, covariance: Tensor) -> Tensor:
-    """Rotates q and k of each head by one basis, v by another and `proj` back, in float64.
+def _fisher_bases(attn: Attention, tokens: TokenMoments, outputs: OutputMoments) -> tuple[Tensor, Tensor]:
+    """Transforms of q, k, v (3, H, d, d), and the effects of q and k together and of v (2, H, d)."""
+    H, d = attn.num_heads, attn.head_dim
+    scores, score_values = score_bases(tokens.scores().cpu())
+    proj = attn.proj.weight.double().cpu().unflatten(1, (H, d)).transpose(0, 1)  # (H, D, d)
+    heads = torch.arange(H)
+    covariance = outputs.covariance.cpu().view(H, d, H, d)[heads, :, heads]  # (H, d, d)
+    values, value_values = value_basis(proj, covariance, outputs.metric.cpu())
+    device = attn.proj.weight.device
+    return torch.cat([scores, values[None]]).to(device), torch.stack([score_values, value_values]).to(device)
 
-    covariance: (3, H, d, d) of q, k, v. The bases are the eigenvectors of C_q + C_k and of C_v, eigenvalues
-    descending; q^T k does not change under a common rotation, and proj takes up v's (paper, WPAC).
-    Returns the shares of variance (2, d).
+
+@torch.no_grad()
+def rotate_attention(attn: Attention, transforms: Tensor) -> None:
+    """q, k, v of each head become T_q q, T_k k, T_v v, and `proj` takes v back, in float64.
+
+    transforms: (3, H, d, d). The function stays where T_q^T T_k = 1, as it is for one orthogonal transform of both.
     """
     H, d = attn.num_heads, attn.head_dim
-    qk_values, qk_basis = descending_eigenvectors(covariance[0] + covariance[1])
-    v_values, v_basis = descending_eigenvectors(covariance[2])
-    bases = torch.stack([qk_basis, qk_basis, v_basis])  # (3, H, d, d); columns are the new axes
-
     weight = attn.qkv.weight.double().view(3, H, d, -1)
-    _assign(attn.qkv.weight, bases.mT @ weight)
+    _assign(attn.qkv.weight, transforms @ weight)
     if attn.qkv.bias is not None:
         bias = attn.qkv.bias.double().view(3, H, d, 1)
-        _assign(attn.qkv.bias, bases.mT @ bias)
+        _assign(attn.qkv.bias, transforms @ bias)
     proj = attn.proj.weight.double().view(-1, H, d).transpose(0, 1)  # (H, D, d)
-    _assign(attn.proj.weight, (proj @ v_basis).transpose(0, 1))
-    return torch.stack([_shares(qk_values.sum(0)), _shares(v_values.sum(0))])
+    _assign(attn.proj.weight, (proj @ torch.linalg.inv(transforms[2])).transpose(0, 1))
 
 
 @torch.no_grad()
-def sort_mlp(mlp: Mlp, importance: Tensor) -> Tensor:
-    """Permutes the hidden units by importance (M,), descending, equal ones in their old order.
-
-    Returns the shares of importance (M,) in the new order.
-    """
-    order = torch.argsort(importance, descending=True, stable=True)
+def permute_mlp(mlp: Mlp, order: Tensor) -> None:
+    """Puts the hidden units in the order (M,)."""
     _assign(mlp.fc1.weight, mlp.fc1.weight[order])
     if mlp.fc1.bias is not None:
         _assign(mlp.fc1.bias, mlp.fc1.bias[order])
     _assign(mlp.fc2.weight, mlp.fc2.weight[:, order])
-    return _shares(importance[order])
 
 
-def descending_eigenvectors(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (..., d), descending and not below 0, and eigenvectors (..., d, d) in columns.
+@torch.no_grad()
+def centre_values(model: VisionTransformer, statistics: Statistics) -> None:
+    """Shifts v of each head so that what enters `proj` has mean zero; `proj`'s bias takes it up, in float64.
 
-    An eigenvector's sign is free: its largest entry is made positive, so that the result does not hang on the
-    library. Solved on the CPU, where float64 is at home on every machine.
+    Exact, as the rows of an attention sum to 1. (k could be shifted too, but that changes nothing even when dims are
+    cut: the softmax does not see it.) statistics: as contract() leaves them; their means follow.
     """
-    values, vectors = torch.linalg.eigh(covariance.cpu())
-    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
-    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
-    vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
-    return values.to(covariance.device), vectors.to(covariance.device)
+    for key, module in modules_of(model).items():
+        attn = model.blocks[module.block].attn
+        if module.kind != "attn" or attn.qkv.bias is None or attn.proj.bias is None:
+            continue
+        outputs = statistics.outputs[key]
+        mean = outputs.mean.view(module.width, module.heads).T  # (H, d)
+        bias = attn.qkv.bias.double().view(3, *mean.shape).clone()
+        bias[2] -= mean
+        _assign(attn.qkv.bias, bias)
+        _assign(attn.proj.bias, attn.proj.bias.double() + attn.proj.weight.double() @ mean.flatten())
+        outputs.mean.zero_()
 
 
 def _shares(values: Tensor) -> Tensor:
