@@ -26,7 +26,7 @@ from utils import UserError, init_processes, is_main_process, progress_bar, run_
 from wpac.allocation import dim_errors
 from wpac.compensation import COMPENSATION, DAMPING, compensate, save_compensation
 from wpac.statistics import collect_statistics
-from wpac.transform import BASES, ORDERS, centre_values, contract
+from wpac.transform import BASES, ORDERS, contract
 
 SHARES = (0.25, 0.5, 0.75)
 
@@ -72,7 +72,6 @@ def main() -> None:
     )
     spectra = contract(model, statistics, args.basis, args.order, args.damping)
     if args.method == "best":
-        centre_values(model, statistics)
         without = compensate(model, statistics.outputs, args.damping)
     after = logits_of(model, probe)
     facts = {

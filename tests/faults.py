@@ -32,7 +32,14 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 # A fresh process that has imported what is slow to import, and forks one process a run.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(
-    ["torch.distributed", "torch.utils.tensorboard", "timm", "sklearn.datasets", "sklearn.model_selection"]
+    [
+        "torch.distributed",
+        "torch.utils.tensorboard",
+        "timm",
+        "sklearn.datasets",
+        "sklearn.model_selection",
+        "hypothesis",
+    ]
 )
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 SECONDS = 60  # what no run, hurt or not, may take

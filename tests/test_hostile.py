@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import copy
 import functools
 import io
 import json
@@ -29,7 +31,6 @@ from models.folder import MAX_DEPTH, load_subnetwork
 from piad.mask_table import MaskTable
 from utils import UserError
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files that ask for too much
 
@@ -37,6 +38,12 @@ from utils import UserError
 def bare_config(**kwargs: Any) -> dict[str, Any]:
     model_kwargs = MODEL_KWARGS | {"num_classes": CLASSES} | kwargs
     return {"model": NAME, "model_kwargs": model_kwargs, "widths": FULL, "preprocessing": {}}
+
+
+def config_of_blocks(depth: int) -> dict[str, Any]:
+    """Right but for its weights, which are of fewer blocks."""
+    widths = {f"{block}.{kind}": FULL[f"0.{kind}"] // 2 for block in range(depth) for kind in ("attn", "mlp")}
+    return bare_config(depth=depth) | {"widths": widths}
 
 
 def long_table(codes: int, modules: int = 1) -> dict[str, dict[str, int]]:
@@ -55,10 +62,50 @@ def header_of(shape: list[int], end: int) -> bytes:
 def compressed_pth(zeros: int) -> bytes:
     """A small file that unpacks to many zeros: a .pth whose records are compressed."""
     packed, plain = io.BytesIO(), io.BytesIO(as_bytes({"weight": torch.zeros(zeros)}))
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(plain) as source,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as target,
+    ):
         for record in source.infolist():
             target.writestr(record.filename, source.read(record))
     return packed.getvalue()
+
+
+def laid_over(times: int) -> bytes:
+    """A .pth whose tensors are all the same bytes of the file, each of them a record of its own."""
+    plain = io.BytesIO(as_bytes({str(number): torch.zeros(2**19) for number in range(times)}))
+    zeros = bytes(4 * 2**19)
+    over = io.BytesIO()
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(over, "w") as target:
+        data: zipfile.ZipInfo | None = None
+        for record in source.infolist():
+            content = source.read(record)
+            if content == zeros and data is not None:
+                again = copy.copy(data)
+                again.filename = again.orig_filename = record.filename
+                target.filelist.append(again)
+                target.NameToInfo[record.filename] = again
+                continue
+            target.writestr(record.filename, content)
+            data = target.getinfo(record.filename) if content == zeros else data
+    return over.getvalue()
+
+
+def calling(*calls: tuple[Callable[..., Any], Any]) -> bytes:
+    """A .pth that calls the functions, each with what the one before it gave and an argument of its own."""
+
+    class Call:
+        def __init__(self, function: Callable[..., Any], *arguments: Any):
+            self.done = function, arguments
+
+        def __reduce__(self) -> tuple[Callable[..., Any], tuple]:
+            return self.done
+
+    (first, argument), *others = calls
+    made = Call(first, *argument)
+    for function, more in others:
+        made = Call(function, made, *more)
+    return as_bytes({"weight": made})
 
 
 def claimed_head(classes: int) -> bytes:
@@ -74,6 +121,10 @@ TOO_MUCH: dict[str, tuple[str, Callable[[], Any]]] = {
         "mask_table.json",
         lambda: json.dumps(long_table(MAX_JSON_BYTES // 14)).replace("}}", ', "8": 9}}').encode(),
     ),
+    "a table with the last of its many op codes twice": (
+        "mask_table.json",
+        lambda: json.dumps(long_table(200_000)).replace("}}", ', "199999": 9}}').encode(),
+    ),
     "a table of as many modules": ("mask_table.json", lambda: long_table(1, MAX_JSON_BYTES // 28) | {"x": 1}),
     "a table with an op code of a million digits": ("mask_table.json", lambda: {"0.mlp": {"9" * 10**6: 1}}),
     "a table with a width of a million digits": ("mask_table.json", lambda: b'{"0.mlp": {"0": ' + b"9" * 10**6 + b"}}"),
@@ -81,7 +132,8 @@ TOO_MUCH: dict[str, tuple[str, Callable[[], Any]]] = {
     "a gigabyte of JSON": ("mask_table.json", lambda: 2**30),
     "a width of 10^12": ("config.json", lambda: bare_config() | {"widths": FULL | {"0.mlp": 10**12}}),
     "10^9 blocks": ("config.json", lambda: bare_config(depth=10**9)),
-    "as many blocks as are looked at": ("config.json", lambda: bare_config(depth=MAX_DEPTH)),
+    "as many blocks as are looked at": ("config.json", lambda: config_of_blocks(MAX_DEPTH)),
+    "one block more": ("config.json", lambda: config_of_blocks(MAX_DEPTH + 1)),
     "many widths": ("config.json", lambda: bare_config() | {"widths": {f"{b}.mlp": 1 for b in range(200_000)}}),
     "a gigabyte of config": ("config.json", lambda: 2**30),
     **{
@@ -108,6 +160,13 @@ TOO_MUCH: dict[str, tuple[str, Callable[[], Any]]] = {
         }.items()
     },
     "a .pth that unpacks to much": ("checkpoint.pth", lambda: compressed_pth(2**26)),
+    "a .pth that asks for zeros": ("checkpoint.pth", lambda: calling((bytearray, (2**30,)))),
+    "a .pth that doubles what it holds": (
+        "checkpoint.pth",
+        lambda: calling((codecs.encode, ("x" * 2**10, "latin1")), *[(codecs.encode, ("hex",))] * 20),
+    ),
+    "a .pth that asks for room": ("checkpoint.pth", lambda: calling((torch.Tensor, (2**28,)))),
+    "a .pth that lays its records over each other": ("checkpoint.pth", lambda: laid_over(100)),
     "a .pth of few numbers that says they are many": ("checkpoint.pth", lambda: claimed_head(2**22)),
 }
 

@@ -18,6 +18,7 @@ from models.backbone import modules_of
 from models.taylor import tap
 from utils import UserError
 from wpac.bases import descending_eigenvectors, variance_bases
+from wpac.criteria import CRITERIA, importance_by, sort_dims
 from wpac.statistics import Statistics, collect_statistics
 from wpac.transform import contract, permute_mlp, rotate_attention
 
@@ -321,3 +322,32 @@ def test_a_head_whose_dims_lie_in_order_is_left_alone(backbone, data):
     after = attn.qkv.weight.view(3, 3, 16, -1)
     assert torch.equal(after[:, [0, 2]], before[:, [0, 2]])
     assert not torch.allclose(after[:, 1], before[:, 1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it is compared with
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_sorting_by_a_criterion_keeps_the_logits_and_puts_the_largest_first(any_backbone, data, criterion):
+    before = any_backbone(data[0]).detach()
+    importance = importance_by(criterion, any_backbone, [data])
+    sort_dims(any_backbone, importance)
+    assert relative(any_backbone(data[0]), before) < 1e-10
+    if criterion == "random":
+        again = importance_by(criterion, any_backbone, seed=0)
+        assert all(torch.equal(importance[key], again[key]) for key in importance)
+        assert not torch.equal(importance["0.mlp"], importance_by(criterion, any_backbone, seed=1)["0.mlp"])
+        return
+    for key, values in importance_by(criterion, any_backbone, [data]).items():
+        if key.endswith("attn"):
+            values = torch.stack([values[0] + values[1], values[2]])
+        assert (values.diff(dim=-1) <= 1e-9 * values.max()).all(), key
+
+
+def test_hessian_is_the_mean_of_the_squares(backbone, data):
+    (hessian, taylor) = (importance_by(criterion, backbone, [data])["0.mlp"] for criterion in ("hessian", "taylor"))
+    statistics = collect_statistics(backbone, [data], squared=True)
+    assert torch.equal(statistics.importance["0.mlp"], hessian)
+    assert (hessian >= taylor.square()).all()  # the mean of squares is at least the square of the mean
+    assert not torch.equal(hessian.argsort(), taylor.argsort())

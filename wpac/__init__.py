@@ -4,10 +4,9 @@ from .allocation import dim_errors
 from .compensation import compensate, load_compensation, save_compensation
 from .refit import refit
 from .statistics import collect_statistics
-from .transform import centre_values, contract
+from .transform import contract
 
 __all__ = [
-    "centre_values",
     "collect_statistics",
     "compensate",
     "contract",

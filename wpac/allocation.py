@@ -29,6 +29,6 @@ def dim_errors(model: VisionTransformer, statistics: Statistics, damping: float 
         if module.kind == "attn":
             tokens = statistics.tokens[key]
             square = tokens.scores()[0].diagonal(dim1=1, dim2=2) / tokens.weight[0, :, None].clamp(min=1e-300)
-            lost = lost + (square * tokens.gradient[0].diagonal(dim1=1, dim2=2)).sum(0)  # (H, d) -> (d,)
+            lost = lost + (square * tokens.gradient.diagonal(dim1=1, dim2=2)).sum(0)  # (H, d) -> (d,)
         errors[key] = lost.cpu().numpy()
     return errors

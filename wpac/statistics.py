@@ -21,7 +21,7 @@ class TokenMoments:
     """Of q, k and v of every head, theta the weight of a token; float64.
 
     second (3, H, d, d): sum theta x x^T.  first (3, H, d): sum theta x.  weight (3, H): sum theta.
-    mean (3, H, d): the plain mean of x.  gradient (3, H, d, d): the plain mean of g g^T.
+    mean (3, H, d): the plain mean of x.  gradient (H, d, d): the plain mean of g g^T of q, zero where not asked for.
     """
 
     second: Tensor
@@ -45,7 +45,7 @@ class TokenMoments:
 
     def moved(self, transforms: Tensor) -> TokenMoments:
         """The moments of T x, transforms (3, H, d, d); a gradient moves with the inverse of T^T."""
-        dual = torch.linalg.inv(transforms).mT
+        dual = torch.linalg.inv(transforms[0]).mT
         return TokenMoments(
             transforms @ self.second @ transforms.mT,
             (transforms @ self.first[..., None])[..., 0],
@@ -68,26 +68,30 @@ class TokenCollector:
     Nothing depends on how the tokens are cut into batches or spread over ranks.
     """
 
-    def __init__(self, module: Module, device: torch.device):
+    def __init__(self, module: Module, device: torch.device, gradient: bool = False):
+        """gradient: also of the gradients at q."""
         H, d = module.heads, module.width
+        self.with_gradient = gradient
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.second, self.first, self.weight = zeros(3, H, d, d), zeros(3, H, d), zeros(3, H)
-        self.plain, self.gradient, self.count = zeros(3, H, d), zeros(3, H, d, d), zeros()
+        self.plain, self.gradient, self.count = zeros(3, H, d), zeros(H, d, d), zeros()
 
     @torch.no_grad()
     def update(self, x: Tensor, g: Tensor) -> None:
         """x, g: (B, N, 3, H, d)."""
         theta = (g * x).abs_().mean(-1, dtype=torch.float64)  # (B, N, 3, H)
-        tokens, gradients = (t.flatten(0, 1).permute(1, 2, 0, 3).to(torch.float64) for t in (x, g))  # (3, H, T, d)
+        tokens = x.flatten(0, 1).permute(1, 2, 0, 3).to(torch.float64)  # (3, H, T, d)
         weighted = tokens * theta.flatten(0, 1).permute(1, 2, 0)[..., None]  # (3, H, T, d)
         self.second += weighted.mT @ tokens
         self.first += weighted.sum(-2)
         self.weight += theta.sum((0, 1))
         self.plain += tokens.sum(-2)
-        self.gradient += gradients.mT @ gradients
+        if self.with_gradient:
+            gradients = g[:, :, 0].flatten(0, 1).transpose(0, 1).to(torch.float64)  # (H, T, d)
+            self.gradient += gradients.mT @ gradients
         self.count += tokens.shape[-2]
 
     def finalize(self) -> TokenMoments:
@@ -128,7 +132,7 @@ def collect_statistics(
     """
     device = next(model.parameters()).device
     modules = modules_of(model)
-    tokens = {key: TokenCollector(module, device) for key, module in modules.items() if module.kind == "attn"}
+    tokens = {key: TokenCollector(m, device, outputs) for key, m in modules.items() if m.kind == "attn"}
     units = {key: TaylorImportance(m, device, squared) for key, m in modules.items() if m.kind == "mlp"}
     last = {key: OutputCollector(module, device) for key, module in modules.items()} if outputs else {}
     collect(model, {**tokens, **units}, batches, cost, last)

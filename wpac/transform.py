@@ -106,7 +106,9 @@ def centre_values(model: VisionTransformer, statistics: Statistics) -> None:
     """Shifts v of each head so that what enters `proj` has mean zero; `proj`'s bias takes it up, in float64.
 
     Exact, as the rows of an attention sum to 1. (k could be shifted too, but that changes nothing even when dims are
-    cut: the softmax does not see it.) statistics: as contract() leaves them; their means follow.
+    cut: the softmax does not see it.) Compensation contains it. Without compensation it does harm where the cut is
+    deep, so nothing but benchmarks/study_contraction.py uses it. statistics: as contract() leaves them; their means
+    follow.
     """
     for key, module in modules_of(model).items():
         attn = model.blocks[module.block].attn

@@ -1,0 +1,274 @@
+"""How much of a network is left when every module is cut, without training: from sorting to refitting.
+
+    python -m benchmarks.study_contraction --name vit_small_cifar10 --data-path DIR --checkpoint FILE ...
+    python -m benchmarks.study_contraction --part proxies ...        64, 256 and 1,024 proxy images, and their damping
+
+Top-1 (percent) on val/, and the KL divergence of the outputs from the whole model's, for each method of METHODS and
+share of the dims kept in every module; `allocation` has its own widths, within the MACs of that share. Writes
+docs/results/contraction_NAME.json, a result as soon as it is there (what is there is not measured again), and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from arguments import add_common_arguments, data_overrides, positive
+from benchmarks.common import ROOT, describe_machine
+from datasets import eval_loader, open_splits, preprocessing, proxy_set
+from files import write_text
+from models.backbone import full_widths, load_backbone, modules_of
+from models.extraction import extract
+from models.macs import count_macs
+from piad.mask_table import MaskTable
+from piad.selection import largest_within
+from plots import plot_contraction
+from reparam import table_without_training
+from utils import init_processes, progress_bar, run_program
+from wpac.allocation import dim_errors
+from wpac.compensation import DAMPING, Compensation, OutputMoments, compensate, ordered_layer
+from wpac.criteria import importance_by, sort_dims
+from wpac.refit import refit
+from wpac.statistics import collect_statistics
+from wpac.transform import centre_values, contract
+
+Batches = list[tuple[Tensor, Tensor]]
+SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass
+class Contracted:
+    """A model ready to be cut; table: sizes of its own, None = the same share everywhere."""
+
+    model: VisionTransformer
+    table: MaskTable | None = None
+
+
+def sorted_by(criterion: str) -> Callable[..., Contracted]:
+    def prepare(model: VisionTransformer, batches: Batches, **_: Any) -> Contracted:
+        sort_dims(model, importance_by(criterion, model, batches))
+        return Contracted(model)
+
+    return prepare
+
+
+def contracted(
+    model: VisionTransformer,
+    batches: Batches,
+    damping: float = DAMPING,
+    basis: str = "wpac",
+    order: str = "taylor",
+    centre: bool = False,
+    compensation: bool = False,
+    allocation: bool = False,
+) -> Contracted:
+    """As reparam.py does, in the parts that are asked for."""
+    statistics = collect_statistics(model, batches, outputs=centre or compensation)
+    contract(model, statistics, basis, order, damping)
+    if centre:
+        centre_values(model, statistics)
+    if compensation:
+        for key in compensate(model, statistics.outputs, damping):
+            print(f"{key} is not compensated")
+    table = None
+    if allocation:
+        args = argparse.Namespace(model="", dropout_ratio=0.95)
+        table = table_without_training(model, dim_errors(model, statistics, damping), args)
+    return Contracted(model, table)
+
+
+def with_parts(**parts: Any) -> Callable[..., Contracted]:
+    def prepare(model: VisionTransformer, batches: Batches, damping: float = DAMPING) -> Contracted:
+        return contracted(model, batches, damping, **parts)
+
+    return prepare
+
+
+BEST = {"basis": "fisher", "order": "fisher", "compensation": True}
+COMPENSATED, BASES, REFITTED = "WPAC + compensation", "+ bases and order (best)", "best, refitted"
+# name -> (how a model is made ready, whether a cut is refitted).
+METHODS: dict[str, tuple[Callable[..., Contracted], bool]] = {
+    "Taylor sort": (sorted_by("taylor"), False),
+    "Hessian sort": (sorted_by("hessian"), False),
+    "WPAC (the paper)": (with_parts(), False),
+    "WPAC + centring": (with_parts(centre=True), False),
+    COMPENSATED: (with_parts(compensation=True), False),
+    BASES: (with_parts(**BEST), False),
+    REFITTED: (with_parts(**BEST), True),
+    "best, allocation": (with_parts(**BEST, allocation=True), False),
+    "best, allocation, refitted": (with_parts(**BEST, allocation=True), True),
+}
+
+
+class Study:
+    """The model, its data in memory, and the results so far."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device = args, device
+        self.path = args.output_dir / f"contraction_{args.name}.json"
+        self.images, val = open_splits(args.data_set, args.data_path)
+        self.base = load_backbone(
+            args.model, args.model_kwargs, num_classes=self.images.num_classes, checkpoint=args.checkpoint
+        )
+        self.base.to(device).eval()
+        self.config = preprocessing(self.base, data_overrides(args))
+        val = proxy_set(val, args.val_images, 0) if args.val_images else val
+        self.val_images, self.val = len(val), self.batches(val)
+        self.whole = self.logits(self.base)
+        self.results = (
+            json.loads(self.path.read_text()) if self.path.exists() else {"whole": [], "rows": [], "damping": []}
+        )
+        facts = {"model": args.model, "model_kwargs": args.model_kwargs, "checkpoint": Path(args.checkpoint).name}
+        self.results |= {**facts, "machine": describe_machine(device, args.threads), "default_damping": DAMPING}
+        self.reference = {"macs": count_macs(self.base), "images": self.val_images, **self.scores(self.whole)}
+        known = [row for row in self.results["whole"] if row["images"] != self.val_images]
+        self.results["whole"] = [*known, self.reference]
+
+    def batches(self, images: Any) -> Batches:
+        loader = eval_loader(images, self.config, batch_size=self.args.batch_size, workers=self.args.workers)
+        return [(x.to(self.device), y.to(self.device)) for x, y in loader]
+
+    def proxy(self, number: int, draw: int) -> Batches:
+        return self.batches(proxy_set(self.images, number, draw))
+
+    @torch.inference_mode()
+    def logits(self, model: VisionTransformer) -> Tensor:
+        return torch.cat([model(images) for images, _ in self.val])
+
+    def scores(self, logits: Tensor) -> dict[str, float]:
+        """Top-1 in percent, and the mean KL divergence from the whole model's outputs to these."""
+        targets = torch.cat([y for _, y in self.val])
+        expected, found = self.whole.double().log_softmax(1), logits.double().log_softmax(1)
+        kl = (expected.exp() * (expected - found)).sum(1).mean().item()
+        return {"top1": 100 * (logits.argmax(1) == targets).double().mean().item(), "kl": kl}
+
+    def is_known(self, **key: Any) -> bool:
+        return any(all(row[name] == value for name, value in key.items()) for row in self.results["rows"])
+
+    def measure(self, method: str, draw: int, proxy: int, damping: float, shares: tuple[float, ...] = SHARES) -> None:
+        """One method at the shares that are not known yet."""
+        key = {"method": method, "draw": draw, "proxy": proxy, "damping": damping, "images": self.val_images}
+        shares = tuple(share for share in shares if not self.is_known(**key, share=share))
+        if not shares:
+            return
+        prepare, refitted = METHODS[method]
+        batches, start = self.proxy(proxy, draw), time.perf_counter()
+        ready = prepare(copy.deepcopy(self.base), batches, damping=damping)
+        seconds = time.perf_counter() - start
+        for share in shares:
+            widths = {name: int(width * share) for name, width in full_widths(self.base).items()}
+            macs = count_macs(self.base, widths)
+            if ready.table:
+                widths = ready.table.widths(largest_within(self.base, ready.table, max_macs=macs))
+            start = time.perf_counter()
+            small = extract(ready.model, widths)
+            if refitted:
+                refit(ready.model, small, [images for images, _ in batches], damping)
+            row = {**key, "share": share, "macs": count_macs(self.base, widths), **self.scores(self.logits(small))}
+            self.add("rows", row | {"seconds_to_prepare": seconds, "seconds_to_cut": time.perf_counter() - start})
+
+    def add(self, kind: str, row: dict[str, Any]) -> None:
+        self.results[kind].append(row)
+        write_text(self.path, json.dumps(self.results, indent=1) + "\n")
+        words = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+        print(*words.values(), sep="  ", flush=True)
+
+    def held_out(self, number: int, draw: int) -> None:
+        """The error of the guess, fitted on half of the proxy images, on the other half: relative, for each damping."""
+        if any((row["proxy"], row["draw"]) == (number, draw) for row in self.results["damping"]):
+            return
+        batches = self.batches(proxy_set(self.images, number, draw))
+        images, targets = (torch.cat(part) for part in zip(*batches, strict=True))
+        halves = [list(zip(images[i::2].split(64), targets[i::2].split(64), strict=True)) for i in (0, 1)]
+        model = copy.deepcopy(self.base)
+        statistics = collect_statistics(model, halves[0], outputs=True)
+        contract(model, statistics, "fisher", "fisher")
+        others = collect_statistics(model, halves[1], outputs=True).outputs
+        errors = dict.fromkeys(DAMPINGS, 0.0)
+        for key, module in modules_of(model).items():
+            order = torch.arange(module.heads * module.width).view(module.heads, module.width).T.flatten()
+            weight, bias = ordered_layer(model, module)
+            other = others[key].ordered(order)
+            for damping in DAMPINGS:
+                fitted = statistics.outputs[key]
+                lower = torch.linalg.cholesky(fitted.damped(damping))
+                cut, _ = Compensation(fitted.mean, lower, fitted.positions)(weight, bias, weight.shape[1] // 4)
+                errors[damping] += relative_error(weight, cut, other) / len(others)
+        self.add("damping", {"proxy": number, "draw": draw, "held_out_error": {f"{d:g}": e for d, e in errors.items()}})
+
+
+def relative_error(weight: Tensor, cut: Tensor, moments: OutputMoments) -> float:
+    """What a cut layer loses of the variance of a layer's output, in the metric of the loss."""
+    lost = weight.clone()
+    lost[:, : cut.shape[1]] -= cut
+    error, whole = ((moments.metric * (w @ moments.covariance @ w.T)).sum() for w in (lost, weight))
+    return (error / whole).item()
+
+
+def table_of(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Markdown: a line a method and number of proxy images, top-1 and KL at each share, mean over the draws."""
+    shares = sorted({row["share"] for row in rows})
+    yield "| method | proxy, damping | " + " | ".join(f"{share:g}" for share in shares) + " |"
+    yield "|---" * (len(shares) + 2) + "|"
+    groups = {(row["method"], row["proxy"], row["damping"]): None for row in rows}
+    for method, proxy, damping in groups:
+        cells = []
+        for share in shares:
+            same = {"method": method, "proxy": proxy, "damping": damping, "share": share}
+            found = [row for row in rows if all(row[key] == value for key, value in same.items())]
+            values = [sum(row[key] for row in found) / max(len(found), 1) for key in ("top1", "kl")]
+            cells.append(f"{values[0]:.1f}, {values[1]:.4f}" if found else "")
+        yield f"| {method} | {proxy}, {damping:g} | " + " | ".join(cells) + " |"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    group = parser.add_argument_group("study")
+    group.add_argument("--name", required=True, help="of the model and data, for the files")
+    group.add_argument("--part", choices=("methods", "proxies"), default="methods", help="(default: %(default)s)")
+    group.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="seeds of the proxy sets")
+    group.add_argument("--val-images", type=positive, metavar="N", help="of val/, drawn once (default: all)")
+    group.add_argument("--threads", type=positive, metavar="N", help="of the CPU (default: PyTorch's)")
+    parser.set_defaults(output_dir=ROOT / "docs" / "results", workers=2)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    study = Study(args, init_processes(args))
+    whole = study.reference
+    print(f"whole: top-1 {whole['top1']:.2f} % on {whole['images']} images, {whole['macs'] / 1e9:.3f} GMACs")
+    for draw in progress_bar(args.draws, "draws"):
+        if args.part == "methods":
+            for method in METHODS:
+                study.measure(method, draw, args.proxy_samples, DAMPING)
+            continue
+        for number in (64, 256, 1024):
+            study.held_out(number, draw)
+            for damping in (1e-3, 1e-2, 1e-1):
+                study.measure(BASES, draw, number, damping, (1 / 8, 1 / 4))
+            for method in (COMPENSATED, REFITTED):
+                study.measure(method, draw, number, DAMPING, (1 / 8, 1 / 4))
+    rows = [row for row in study.results["rows"] if row["images"] == study.val_images]
+    print(*table_of(rows), sep="\n")
+    shown = [row for row in rows if row["proxy"] == args.proxy_samples and row["damping"] == DAMPING]
+    plot_contraction(shown, whole, study.path.with_suffix(".png"), args.name.replace("_", " "))
+    print(json.dumps({"file": study.path.name, "rows": len(rows), "whole": whole}))
+
+
+if __name__ == "__main__":
+    run_program(main)
