@@ -258,6 +258,8 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluates sub-networks of a super-network at the sizes asked for, or one sub-network folder."""
     val_images = open_images(args.data_set, args.data_path, "val")
     amp = getattr(torch, args.amp) if args.amp else None
+    if args.sub_network and (args.refit or args.compensate):
+        raise UserError(f"--sub-network {args.sub_network} is cut already: leave --refit and --compensate out")
     if args.sub_network:
         model, config = load_subnetwork(args.sub_network)
         table, op_codes, weights = MaskTable([full_widths(model)]), [0], args.sub_network

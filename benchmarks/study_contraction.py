@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from arguments import add_common_arguments, data_overrides, positive
+from arguments import share as share_type
 from benchmarks.common import ROOT, describe_machine
 from datasets import eval_loader, open_splits, preprocessing, proxy_set
 from files import write_text
@@ -49,65 +52,63 @@ DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @dataclass
 class Contracted:
-    """A model ready to be cut; table: sizes of its own, None = the same share everywhere."""
+    """A model ready to be cut, and the table of its own sizes where it has one."""
 
     model: VisionTransformer
     table: MaskTable | None = None
 
 
-def sorted_by(criterion: str) -> Callable[..., Contracted]:
-    def prepare(model: VisionTransformer, batches: Batches, **_: Any) -> Contracted:
-        sort_dims(model, importance_by(criterion, model, batches))
-        return Contracted(model)
-
-    return prepare
+def sort_by(criterion: str, model: VisionTransformer, batches: Batches, _damping: float) -> Contracted:
+    sort_dims(model, importance_by(criterion, model, batches))
+    return Contracted(model)
 
 
-def contracted(
-    model: VisionTransformer,
-    batches: Batches,
-    damping: float = DAMPING,
-    basis: str = "wpac",
-    order: str = "taylor",
-    centre: bool = False,
-    compensation: bool = False,
-    allocation: bool = False,
+def contract_by(
+    basis: str, order: str, centre: bool, compensation: bool, model: VisionTransformer, batches: Batches, damping: float
 ) -> Contracted:
     """As reparam.py does, in the parts that are asked for."""
     statistics = collect_statistics(model, batches, outputs=centre or compensation)
     contract(model, statistics, basis, order, damping)
     if centre:
         centre_values(model, statistics)
-    if compensation:
-        for key in compensate(model, statistics.outputs, damping):
-            print(f"{key} is not compensated")
-    table = None
-    if allocation:
-        args = argparse.Namespace(model="", dropout_ratio=0.95)
-        table = table_without_training(model, dim_errors(model, statistics, damping), args)
-    return Contracted(model, table)
+    if not compensation:
+        return Contracted(model)
+    for key in compensate(model, statistics.outputs, damping):
+        print(f"{key} is not compensated")
+    args = argparse.Namespace(model="", dropout_ratio=0.95)
+    return Contracted(model, table_without_training(model, dim_errors(model, statistics, damping), args))
 
 
-def with_parts(**parts: Any) -> Callable[..., Contracted]:
-    def prepare(model: VisionTransformer, batches: Batches, damping: float = DAMPING) -> Contracted:
-        return contracted(model, batches, damping, **parts)
+# How a model is made ready.
+PREPARE: dict[str, Callable[[VisionTransformer, Batches, float], Contracted]] = {
+    "taylor": partial(sort_by, "taylor"),
+    "hessian": partial(sort_by, "hessian"),
+    "wpac": partial(contract_by, "wpac", "taylor", False, False),
+    "centred": partial(contract_by, "wpac", "taylor", True, False),
+    "compensated": partial(contract_by, "wpac", "taylor", False, True),
+    "best": partial(contract_by, "fisher", "fisher", False, True),
+}
 
-    return prepare
+
+@dataclass(frozen=True)
+class Method:
+    """prepare: a key of PREPARE; refitted: whether a cut is; allocated: whether widths are those of the table."""
+
+    prepare: str
+    refitted: bool = False
+    allocated: bool = False
 
 
-BEST = {"basis": "fisher", "order": "fisher", "compensation": True}
-COMPENSATED, BASES, REFITTED = "WPAC + compensation", "+ bases and order (best)", "best, refitted"
-# name -> (how a model is made ready, whether a cut is refitted).
-METHODS: dict[str, tuple[Callable[..., Contracted], bool]] = {
-    "Taylor sort": (sorted_by("taylor"), False),
-    "Hessian sort": (sorted_by("hessian"), False),
-    "WPAC (the paper)": (with_parts(), False),
-    "WPAC + centring": (with_parts(centre=True), False),
-    COMPENSATED: (with_parts(compensation=True), False),
-    BASES: (with_parts(**BEST), False),
-    REFITTED: (with_parts(**BEST), True),
-    "best, allocation": (with_parts(**BEST, allocation=True), False),
-    "best, allocation, refitted": (with_parts(**BEST, allocation=True), True),
+METHODS = {
+    "Taylor sort": Method("taylor"),
+    "Hessian sort": Method("hessian"),
+    "WPAC (the paper)": Method("wpac"),
+    "WPAC + centring": Method("centred"),
+    "WPAC + compensation": Method("compensated"),
+    "+ bases and order (best)": Method("best"),
+    "best, refitted": Method("best", refitted=True),
+    "best, allocation": Method("best", allocated=True),
+    "best, allocation, refitted": Method("best", refitted=True, allocated=True),
 }
 
 
@@ -156,27 +157,32 @@ class Study:
     def is_known(self, **key: Any) -> bool:
         return any(all(row[name] == value for name, value in key.items()) for row in self.results["rows"])
 
-    def measure(self, method: str, draw: int, proxy: int, damping: float, shares: tuple[float, ...] = SHARES) -> None:
+    @functools.lru_cache(maxsize=1)  # noqa: B019 -- methods that are made ready alike stand next to each other
+    def ready(self, prepare: str, proxy: int, draw: int, damping: float) -> tuple[Contracted, Batches, float]:
+        """The model made ready, the proxy batches, and the seconds that took."""
+        batches, start = self.proxy(proxy, draw), time.perf_counter()
+        return PREPARE[prepare](copy.deepcopy(self.base), batches, damping), batches, time.perf_counter() - start
+
+    def measure(self, name: str, draw: int, proxy: int, damping: float, shares: tuple[float, ...]) -> None:
         """One method at the shares that are not known yet."""
-        key = {"method": method, "draw": draw, "proxy": proxy, "damping": damping, "images": self.val_images}
+        key = {"method": name, "draw": draw, "proxy": proxy, "damping": damping, "images": self.val_images}
         shares = tuple(share for share in shares if not self.is_known(**key, share=share))
         if not shares:
             return
-        prepare, refitted = METHODS[method]
-        batches, start = self.proxy(proxy, draw), time.perf_counter()
-        ready = prepare(copy.deepcopy(self.base), batches, damping=damping)
-        seconds = time.perf_counter() - start
+        method = METHODS[name]
+        ready, batches, seconds = self.ready(method.prepare, proxy, draw, damping)
         for share in shares:
-            widths = {name: int(width * share) for name, width in full_widths(self.base).items()}
+            widths = {module: int(width * share) for module, width in full_widths(self.base).items()}
             macs = count_macs(self.base, widths)
-            if ready.table:
+            if method.allocated:
                 widths = ready.table.widths(largest_within(self.base, ready.table, max_macs=macs))
             start = time.perf_counter()
             small = extract(ready.model, widths)
-            if refitted:
+            if method.refitted:
                 refit(ready.model, small, [images for images, _ in batches], damping)
+            times = {"seconds_to_prepare": seconds, "seconds_to_cut": time.perf_counter() - start}
             row = {**key, "share": share, "macs": count_macs(self.base, widths), **self.scores(self.logits(small))}
-            self.add("rows", row | {"seconds_to_prepare": seconds, "seconds_to_cut": time.perf_counter() - start})
+            self.add("rows", row | times)
 
     def add(self, kind: str, row: dict[str, Any]) -> None:
         self.results[kind].append(row)
@@ -240,6 +246,10 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--part", choices=("methods", "proxies"), default="methods", help="(default: %(default)s)")
     group.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="seeds of the proxy sets")
     group.add_argument("--val-images", type=positive, metavar="N", help="of val/, drawn once (default: all)")
+    group.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help="(default: all)")
+    group.add_argument(
+        "--shares", type=share_type, nargs="+", default=SHARES, metavar="X", help="of the dims that are kept"
+    )
     group.add_argument("--threads", type=positive, metavar="N", help="of the CPU (default: PyTorch's)")
     parser.set_defaults(output_dir=ROOT / "docs" / "results", workers=2)
     return parser.parse_args()
@@ -254,15 +264,15 @@ def main() -> None:
     print(f"whole: top-1 {whole['top1']:.2f} % on {whole['images']} images, {whole['macs'] / 1e9:.3f} GMACs")
     for draw in progress_bar(args.draws, "draws"):
         if args.part == "methods":
-            for method in METHODS:
-                study.measure(method, draw, args.proxy_samples, DAMPING)
+            for method in args.methods:
+                study.measure(method, draw, args.proxy_samples, DAMPING, args.shares)
             continue
         for number in (64, 256, 1024):
             study.held_out(number, draw)
-            for damping in (1e-3, 1e-2, 1e-1):
-                study.measure(BASES, draw, number, damping, (1 / 8, 1 / 4))
-            for method in (COMPENSATED, REFITTED):
-                study.measure(method, draw, number, DAMPING, (1 / 8, 1 / 4))
+            for damping in (DAMPING / 10, DAMPING * 10, DAMPING):
+                study.measure("+ bases and order (best)", draw, number, damping, args.shares)
+            study.measure("best, refitted", draw, number, DAMPING, args.shares)
+            study.measure("WPAC + compensation", draw, number, DAMPING, args.shares)
     rows = [row for row in study.results["rows"] if row["images"] == study.val_images]
     print(*table_of(rows), sep="\n")
     shown = [row for row in rows if row["proxy"] == args.proxy_samples and row["damping"] == DAMPING]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -10,6 +10,9 @@ from hypothesis import settings
 from timm.models.vision_transformer import VisionTransformer
 from tiny import VARIANTS, random_backbone, random_data
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from programs import Road
 
 # Examples that are the same at every run, and no limit on their time: other work on the machine is no failure.
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
@@ -40,6 +43,14 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     from ranks import rank_work, run_in_ranks
 
     return run_in_ranks(rank_work, 2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
+    """The files of a whole road through the real programs."""
+    from programs import walk_the_road
+
+    return walk_the_road(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,6 @@ from programs import (
     call,
     run,
     tiny_digits_model,
-    walk_the_road,
 )
 from timm.models.vision_transformer import VisionTransformer
 from tiny import masked_logits
@@ -51,11 +50,6 @@ class Pair:
     printed: str
     pretraining: list[dict[str, Any]]
     piad: list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
-    return walk_the_road(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

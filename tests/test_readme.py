@@ -5,16 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
 from PIL import Image
-from programs import MODEL_KWARGS, NAME, ROOT, Road, walk_the_road
+from programs import MODEL_KWARGS, NAME, ROOT, Road
 
 README = (ROOT / "README.md").read_text()
-
-
-@pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
-    return walk_the_road(tmp_path_factory.getbasetemp())
 
 
 def test_the_python_example_runs_as_it_stands(road: Road, tmp_path: Path, capsys, monkeypatch):

@@ -24,7 +24,6 @@ from programs import (
     assert_same,
     run,
     tiny_digits_model,
-    walk_the_road,
 )
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
@@ -37,11 +36,6 @@ from models.folder import load_subnetwork, save_subnetwork
 from models.macs import count_macs, count_params
 from piad.mask_table import MaskTable
 from piad.selection import format_amount
-
-
-@pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
-    return walk_the_road(tmp_path_factory.getbasetemp())
 
 
 def model_of(weights: dict[str, torch.Tensor]) -> VisionTransformer:
