@@ -14,8 +14,8 @@ from files import atomic_file
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 BLUE, ORANGE = "#0072B2", "#D55E00"
-COLOURS = ("#999999", "#000000", ORANGE, "#E69F00", "#CC79A7", "#56B4E9", BLUE, "#009E73", "#F0E442")
-MARKERS = "sxo^vDP*d"
+COLOURS = ("#999999", "#000000", ORANGE, "#E69F00", "#CC79A7", "#56B4E9", BLUE, "#882255", "#009E73", "#F0E442")
+MARKERS = "sxo^vDPh*d"
 
 
 def plot_frontier(rows: list[dict[str, Any]], path: Path, title: str) -> None:

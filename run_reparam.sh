@@ -1,6 +1,10 @@
 #!/bin/sh
 # Stage 2: WPAC. Contracts the pre-trained model; its function does not change.
 #
+# METHOD=paper (the default) is the paper's. METHOD=best orders dims by their effect on the loss, and writes beside the
+# weights compensation.safetensors, with which a sub-network makes up for what was cut, and a mask table without training:
+# sizes at once, CHECKPOINT=OUTPUT/reparamed/NAME/contracted.safetensors sh run_test.sh evaluates them.
+#
 #   sh run_reparam.sh                                                       the embedded digits
 #   DATA_SET=imagenet DATA_PATH=/data/imagenet MODEL=vit_small sh run_reparam.sh
 #
@@ -9,6 +13,8 @@
 # The paper, DeiT-B with 3/4, 2/4, 1/4 of the attention dims, no training: 81.2, 76.9, 41.8 % of 81.8 % (paper's figures).
 set -eu
 . ./common.sh
+METHOD=${METHOD:-paper}
+DROPOUT_RATIO=${DROPOUT_RATIO:-0.92} # share of the MACs that the mask table of METHOD=best reaches
 CHECKPOINT=${CHECKPOINT:-$(newest "$OUTPUT/pretrained/$NAME")}
 if [ -z "$CHECKPOINT" ] && [ "$DATA_SET" = digits ]; then
     sh run_pretrain.sh
@@ -21,4 +27,5 @@ if [ -n "$CHECKPOINT" ]; then
 else
     set -- --pretrained
 fi
-launch reparam.py "$@" --output-dir "$OUTPUT/reparamed/$NAME"
+[ "$METHOD" != best ] || set -- "$@" --mask-table --dropout-ratio "$DROPOUT_RATIO"
+launch reparam.py "$@" --method "$METHOD" --output-dir "$OUTPUT/reparamed/$NAME"

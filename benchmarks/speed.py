@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.common import Row, describe_machine, make_parser, positive, prepare, report
+from benchmarks.compensation import measure_compensation
 from benchmarks.inference import measure_extraction, measure_forward, measure_start
 from benchmarks.training import measure_half_step, measure_statistics, measure_step
 from utils import run_program
@@ -23,6 +24,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, torch.device], list[Row]]] = {
     "half-step": measure_half_step,
     "forward": measure_forward,
     "extraction": measure_extraction,
+    "compensation": measure_compensation,
     "start": measure_start,
 }
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -31,9 +31,11 @@ from benchmarks.common import ROOT, describe_machine
 from datasets import eval_loader, open_splits, preprocessing, proxy_set
 from files import write_text
 from models.backbone import full_widths, load_backbone, modules_of
+from models.elastic import make_elastic
 from models.extraction import extract
 from models.macs import count_macs
 from piad.mask_table import MaskTable
+from piad.progressive import ProgressiveDropout
 from piad.selection import largest_within
 from plots import plot_contraction
 from reparam import table_without_training
@@ -79,6 +81,14 @@ def contract_by(
     return Contracted(model, table_without_training(model, dim_errors(model, statistics, damping), args))
 
 
+def piad_table(model: VisionTransformer, batches: Batches) -> MaskTable:
+    """The mask table that PIAD's list gives of a model that is not trained meanwhile, in four steps."""
+    piad = ProgressiveDropout(make_elastic(copy.deepcopy(model)), batches, ratio=0.95, epochs=4, seed=0, table=None)
+    for epoch in range(piad.epochs):
+        piad.begin_epoch(epoch)
+    return piad.table
+
+
 # How a model is made ready.
 PREPARE: dict[str, Callable[[VisionTransformer, Batches, float], Contracted]] = {
     "taylor": partial(sort_by, "taylor"),
@@ -92,11 +102,11 @@ PREPARE: dict[str, Callable[[VisionTransformer, Batches, float], Contracted]] = 
 
 @dataclass(frozen=True)
 class Method:
-    """prepare: a key of PREPARE; refitted: whether a cut is; allocated: whether widths are those of the table."""
+    """prepare: a key of PREPARE; refitted: whether a cut is; widths: the same share of all, or those of a table."""
 
     prepare: str
     refitted: bool = False
-    allocated: bool = False
+    widths: Literal["uniform", "allocation", "piad"] = "uniform"
 
 
 METHODS = {
@@ -107,8 +117,9 @@ METHODS = {
     "WPAC + compensation": Method("compensated"),
     "+ bases and order (best)": Method("best"),
     "best, refitted": Method("best", refitted=True),
-    "best, allocation": Method("best", allocated=True),
-    "best, allocation, refitted": Method("best", refitted=True, allocated=True),
+    "best, PIAD's order, untrained": Method("best", widths="piad"),
+    "best, allocation": Method("best", widths="allocation"),
+    "best, allocation, refitted": Method("best", refitted=True, widths="allocation"),
 }
 
 
@@ -171,11 +182,14 @@ class Study:
             return
         method = METHODS[name]
         ready, batches, seconds = self.ready(method.prepare, proxy, draw, damping)
+        table = {"uniform": None, "allocation": ready.table}.get(method.widths)
+        if method.widths == "piad":
+            table = piad_table(ready.model, batches)
         for share in shares:
             widths = {module: int(width * share) for module, width in full_widths(self.base).items()}
             macs = count_macs(self.base, widths)
-            if method.allocated:
-                widths = ready.table.widths(largest_within(self.base, ready.table, max_macs=macs))
+            if table:
+                widths = table.widths(largest_within(self.base, table, max_macs=macs))
             start = time.perf_counter()
             small = extract(ready.model, widths)
             if method.refitted:
