@@ -2,6 +2,7 @@
 
     python -m benchmarks.study_contraction --name vit_small_cifar10 --data-path DIR --checkpoint FILE ...
     python -m benchmarks.study_contraction --part proxies ...        64, 256 and 1,024 proxy images, and their damping
+    python -m benchmarks.study_contraction --part apart ...          attention alone, q and k cut otherwise than v
 
 Top-1 (percent) on val/, and the KL divergence of the outputs from the whole model's, for each method of METHODS and
 share of the dims kept in every module; `allocation` has its own widths, within the MACs of that share. Writes
@@ -49,6 +50,8 @@ from wpac.transform import centre_values, contract
 
 Batches = list[tuple[Tensor, Tensor]]
 SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
+# Of the dims of q and k, and of v: each three have the same MACs.
+APART = ((1 / 16, 3 / 16), (1 / 8, 1 / 8), (3 / 16, 1 / 16), (1 / 8, 3 / 8), (1 / 4, 1 / 4), (3 / 8, 1 / 8))
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -87,6 +90,21 @@ def piad_table(model: VisionTransformer, batches: Batches) -> MaskTable:
     for epoch in range(piad.epochs):
         piad.begin_epoch(epoch)
     return piad.table
+
+
+@torch.no_grad()
+def cut_apart(model: VisionTransformer, qk: float, v: float) -> VisionTransformer:
+    """A copy that gives what a network with these shares of the dims of q and k, and of v, would: the rest is zero."""
+    model = copy.deepcopy(model)
+    for block, module in zip(model.blocks, (m for m in modules_of(model).values() if m.kind == "attn"), strict=True):
+        for parameter in (block.attn.qkv.weight, block.attn.qkv.bias):
+            parameter.view(3, module.heads, module.width, -1)[:2, :, int(module.width * qk) :] = 0
+        weight, bias = ordered_layer(model, module)
+        cut, cut_bias = block.attn.compensation(weight, bias, module.heads * int(module.width * v))
+        weight.zero_()[:, : cut.shape[1]] = cut
+        block.attn.proj.weight.copy_(weight.unflatten(1, (module.width, module.heads)).transpose(1, 2).flatten(1))
+        block.attn.proj.bias.copy_(cut_bias)
+    return model
 
 
 # How a model is made ready.
@@ -139,7 +157,9 @@ class Study:
         self.val_images, self.val = len(val), self.batches(val)
         self.whole = self.logits(self.base)
         self.results = (
-            json.loads(self.path.read_text()) if self.path.exists() else {"whole": [], "rows": [], "damping": []}
+            json.loads(self.path.read_text())
+            if self.path.exists()
+            else {"whole": [], "rows": [], "damping": [], "apart": []}
         )
         facts = {"model": args.model, "model_kwargs": args.model_kwargs, "checkpoint": Path(args.checkpoint).name}
         self.results |= {**facts, "machine": describe_machine(device, args.threads), "default_damping": DAMPING}
@@ -198,6 +218,16 @@ class Study:
             row = {**key, "share": share, "macs": count_macs(self.base, widths), **self.scores(self.logits(small))}
             self.add("rows", row | times)
 
+    def apart(self, draw: int, proxy: int) -> None:
+        """Attention alone, with other widths for q and k than for v, at the same MACs: would two widths pay?"""
+        for shares in APART:
+            known = [row for row in self.results["apart"] if row["images"] == self.val_images]
+            if any((row["qk"], row["v"]) == shares for row in known):
+                continue
+            ready, _, _ = self.ready("best", proxy, draw, DAMPING)
+            row = {"qk": shares[0], "v": shares[1], "images": self.val_images, "draw": draw, "proxy": proxy}
+            self.add("apart", row | self.scores(self.logits(cut_apart(ready.model, *shares))))
+
     def add(self, kind: str, row: dict[str, Any]) -> None:
         self.results[kind].append(row)
         write_text(self.path, json.dumps(self.results, indent=1) + "\n")
@@ -236,20 +266,47 @@ def relative_error(weight: Tensor, cut: Tensor, moments: OutputMoments) -> float
     return (error / whole).item()
 
 
-def table_of(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Markdown: a line a method and number of proxy images, top-1 and KL at each share, mean over the draws."""
+def markdown(results: dict[str, Any]) -> str:
+    """The results as tables: a line a method, top-1 and KL at each share, mean over the draws; then the damping."""
+    lines = []
+    for whole in sorted(results["whole"], key=lambda whole: -whole["images"]):
+        rows = [row for row in results["rows"] if row["images"] == whole["images"]]
+        if rows:
+            lines += [
+                f"Whole: {whole['top1']:.1f} % of {whole['images']} images, {whole['macs'] / 1e6:.4g} M MACs.",
+                "",
+            ]
+            lines += [*_rows(rows), ""]
+    if results["damping"]:
+        dampings = list(results["damping"][0]["held_out_error"])
+        lines += ["| proxy images | " + " | ".join(f"damping {damping}" for damping in dampings) + " |"]
+        lines += ["|---" * (len(dampings) + 1) + "|"]
+        for row in results["damping"]:
+            errors = " | ".join(f"{error:.4f}" for error in row["held_out_error"].values())
+            lines.append(f"| {row['proxy']} (draw {row['draw']}) | {errors} |")
+        lines.append("")
+    if results.get("apart"):
+        lines += ["| q and k kept | v kept | images | top-1 | KL |", "|---|---|---|---|---|"]
+        for row in results["apart"]:
+            lines.append(f"| {row['qk']:g} | {row['v']:g} | {row['images']} | {row['top1']:.1f} | {row['kl']:.4f} |")
+    return "\n".join(lines).strip()
+
+
+def _rows(rows: list[dict[str, Any]]) -> Iterator[str]:
     shares = sorted({row["share"] for row in rows})
-    yield "| method | proxy, damping | " + " | ".join(f"{share:g}" for share in shares) + " |"
+    yield "| method | proxy images x draws, damping | " + " | ".join(f"{share:g}" for share in shares) + " |"
     yield "|---" * (len(shares) + 2) + "|"
-    groups = {(row["method"], row["proxy"], row["damping"]): None for row in rows}
-    for method, proxy, damping in groups:
+    groups = {(row["proxy"], row["damping"], row["method"]) for row in rows}
+    order = list(METHODS)
+    for proxy, damping, method in sorted(groups, key=lambda g: (-g[0], g[1] != DAMPING, g[1], order.index(g[2]))):
+        same = [row for row in rows if (row["proxy"], row["damping"], row["method"]) == (proxy, damping, method)]
         cells = []
         for share in shares:
-            same = {"method": method, "proxy": proxy, "damping": damping, "share": share}
-            found = [row for row in rows if all(row[key] == value for key, value in same.items())]
+            found = [row for row in same if row["share"] == share]
             values = [sum(row[key] for row in found) / max(len(found), 1) for key in ("top1", "kl")]
             cells.append(f"{values[0]:.1f}, {values[1]:.4f}" if found else "")
-        yield f"| {method} | {proxy}, {damping:g} | " + " | ".join(cells) + " |"
+        draws = len({row["draw"] for row in same})
+        yield f"| {method} | {proxy} x {draws}, {damping:g} | " + " | ".join(cells) + " |"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -257,7 +314,9 @@ def parse_arguments() -> argparse.Namespace:
     add_common_arguments(parser)
     group = parser.add_argument_group("study")
     group.add_argument("--name", required=True, help="of the model and data, for the files")
-    group.add_argument("--part", choices=("methods", "proxies"), default="methods", help="(default: %(default)s)")
+    group.add_argument(
+        "--part", choices=("methods", "proxies", "apart"), default="methods", help="(default: %(default)s)"
+    )
     group.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="seeds of the proxy sets")
     group.add_argument("--val-images", type=positive, metavar="N", help="of val/, drawn once (default: all)")
     group.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help="(default: all)")
@@ -281,6 +340,9 @@ def main() -> None:
             for method in args.methods:
                 study.measure(method, draw, args.proxy_samples, DAMPING, args.shares)
             continue
+        if args.part == "apart":
+            study.apart(draw, args.proxy_samples)
+            continue
         for number in (64, 256, 1024):
             study.held_out(number, draw)
             for damping in (DAMPING / 10, DAMPING * 10, DAMPING):
@@ -288,7 +350,7 @@ def main() -> None:
             study.measure("best, refitted", draw, number, DAMPING, args.shares)
             study.measure("WPAC + compensation", draw, number, DAMPING, args.shares)
     rows = [row for row in study.results["rows"] if row["images"] == study.val_images]
-    print(*table_of(rows), sep="\n")
+    print(markdown(study.results))
     shown = [row for row in rows if row["proxy"] == args.proxy_samples and row["damping"] == DAMPING]
     plot_contraction(shown, whole, study.path.with_suffix(".png"), args.name.replace("_", " "))
     print(json.dumps({"file": study.path.name, "rows": len(rows), "whole": whole}))
