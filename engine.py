@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datasets import TrainLoader
-from files import CheckpointFolder, RunLog
+from files import CheckpointFolder, RunLog, check_like, shown
 from utils import (
     Preempted,
     UserError,
@@ -69,17 +70,48 @@ class Training:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of state_dict(). Raises UserError where the state is of another run."""
-        try:
-            unwrap_model(self.model).load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.skipped_steps = state["skipped_steps"]
-            if self.ema is not None:
-                self.ema.module.load_state_dict(state["model_ema"])
-            if self.scaler is not None:
-                self.scaler.load_state_dict(state["scaler"])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"the checkpoint is of another run: {str(error).splitlines()[0]}") from error
+        """The inverse of state_dict(). Raises UserError, and loads nothing, where the state is of another run."""
+        own = self.state_dict()
+        own["optimizer"] = _made_as(self.optimizer, state.get("optimizer"))
+        check_like({key: state[key] for key in own if key in state}, own)
+        _check_count(state["skipped_steps"], "skipped_steps")
+        if _parameters_in(state["optimizer"]) != _parameters_in(own["optimizer"]):
+            raise UserError("the checkpoint is of another run: its optimizer has other parameters")
+        unwrap_model(self.model).load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.skipped_steps = state["skipped_steps"]
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["model_ema"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def _made_as(optimizer: torch.optim.Optimizer, state: Any) -> dict[str, Any]:
+    """What a state of this optimizer looks like (see check_like); torch itself would take much that is none.
+
+    state: the one to be loaded. A parameter that no sub-network has used so far has no entry in it.
+    """
+    twin = copy.deepcopy(optimizer)
+    for parameter in (p for group in twin.param_groups for p in group["params"]):
+        parameter.grad = torch.zeros_like(parameter)
+    twin.step()  # only then does it hold what it keeps of a parameter
+    kept, made = twin.state_dict()["state"], {}
+    entries = state.get("state") if isinstance(state, dict) else None
+    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if isinstance(entries, dict) and isinstance(entries.get(index), dict):
+            # What comes in later steps, as timm's Lookahead adds, is like the parameter.
+            made[index] = dict.fromkeys(entries[index], parameter) | kept.get(index, {})
+    return optimizer.state_dict() | {"state": made}
+
+
+def _parameters_in(optimizer_state: dict[str, Any]) -> list[list[int]]:
+    return [group["params"] for group in optimizer_state["param_groups"]]
+
+
+def _check_count(value: Any, name: str) -> None:
+    """Raises UserError unless the value is a number of things that a run can have had."""
+    if type(value) is not int or not 0 <= value < 10**9:
+        raise UserError(f"the checkpoint is damaged: {name} is {shown(value)}")
 
 
 @dataclass
@@ -99,10 +131,17 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Progress:
+        """The inverse of state_dict(). Raises UserError for values that no run has."""
         values = {f.name: state[f.name] for f in fields(cls)}
-        values["losses"] = AverageMeter()
-        if values["step"] and len(state["losses"]) == world()[1]:
-            total, images = state["losses"][world()[0]]
+        for name in ("epoch", "step", *(["best_epoch"] if values["best_epoch"] is not None else [])):
+            _check_count(values[name], name)
+        check_like(values["best_top1"], cls.best_top1, "best_top1")
+        losses, values["losses"] = values["losses"], AverageMeter()
+        check_like(losses, [[0.0, 0.0]] * (len(losses) if isinstance(losses, list) else 1), "losses")
+        if values["step"] and len(losses) == world()[1]:
+            total, images = losses[world()[0]]
+            if not images > 0:
+                raise UserError(f"the checkpoint is damaged: losses of {images} images at step {values['step']}")
             values["losses"].sum, values["losses"].count, values["losses"].avg = total, images, total / images
         return cls(**values)
 
@@ -140,6 +179,9 @@ class Run:
 
     def fit(self, epochs: int) -> None:
         """Runs up to `epochs`. Asked to stop by a signal, it saves and raises Preempted, which says how to go on."""
+        if self.progress.step > self.loader.steps:
+            place = f"step {self.progress.step} of an epoch, which has {self.loader.steps} of this data"
+            raise UserError(f"the checkpoint stands at {place}: give the data of its run")
         with stop_signals():
             try:
                 while self.progress.epoch < epochs:

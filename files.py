@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import mmap
 import os
 import pickle
 import re
 import tempfile
 import threading
+import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from pprint import pformat
 from typing import Any
 
 import torch
 
 from utils import UserError, first_line, is_main_process, say
 
-MAX_JSON_BYTES = 8 * 2**20  # the table of a ViT-g with all its op codes takes about 1 MiB
+MAX_JSON_BYTES = 4 * 2**20  # the table of a ViT-g with all its op codes takes about 1.5 MiB
 
 
 @contextlib.contextmanager
@@ -75,9 +79,15 @@ def read_json(path: Path) -> Any:
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+        double, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{shown(repr(double))} stands twice in one object")
     return found
+
+
+def shown(value: Any) -> str:
+    """A value of a file as a short piece of a message of one line."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def check_output_dir(folder: Path) -> None:
@@ -116,6 +126,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
+        _check_packing(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -123,11 +134,46 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"checkpoint {path} is damaged or holds pickled objects that are not plain data; "
             "refused, nothing in it was run"
         ) from error
+    except UserError:
+        raise
     except Exception as error:  # torch and safetensors raise many types for a damaged file
         raise UserError(f"checkpoint {path} cannot be read, it is damaged or cut short: {first_line(error)}") from error
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a dictionary of weights")
+    _check_tensors(state, path)
     return state
+
+
+def _check_packing(path: Path) -> None:
+    """Raises UserError for a .pth that is not as it was written, or that would take more memory than its own size."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        # torch takes these two for plain data, but a few bytes can have them make as much as they like.
+        swells = any(content.find(call) >= 0 for call in (b"\nbytearray\n", b"_codecs\nencode\n"))
+        damaged = None
+        if content[:4] == b"PK\x03\x04":  # else it is of the kind that torch wrote before 1.6
+            with zipfile.ZipFile(file) as records:
+                swells |= any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist())
+                damaged = None if swells else records.testzip()  # torch does not look at the checksums
+    if swells:
+        raise UserError(f"checkpoint {path} unpacks to more than its size; refused, torch.save() does not write so")
+    if damaged:
+        raise UserError(f"checkpoint {path} is damaged: {damaged} has another checksum than when it was written")
+
+
+def _check_tensors(state: dict[str, Any], path: Path) -> None:
+    """Raises UserError for a tensor of more numbers than the file holds for it, wherever it stands in the state."""
+    left: list[tuple[str, Any]] = [("", state)]
+    seen: set[int] = set()
+    while left:
+        name, value = left.pop()
+        if isinstance(value, torch.Tensor):
+            plain = value.layout == torch.strided and value.device.type == "cpu"
+            if not plain or value.nbytes > value.untyped_storage().nbytes():
+                raise UserError(f"checkpoint {path}: {name!r} is not a plain tensor with all its numbers")
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            left += [(f"{name}.{key}" if name else str(key), inner) for key, inner in items]
 
 
 def weights_of(state: dict[str, Any], path: Path, use_ema: bool = False) -> dict[str, torch.Tensor]:
@@ -194,20 +240,57 @@ class CheckpointFolder:
 
     def _check_settings(self, path: Path, theirs: dict[str, Any]) -> None:
         for key, value in self.settings.items():
-            if theirs.get(key) != value:
+            # As text: it tells 1 from True, and a tensor is compared with nothing.
+            if pformat(theirs.get(key)) != pformat(value):
                 raise UserError(
-                    f"{path} is of a run with {key} {theirs.get(key)}, this one has {value}: "
+                    f"{path} is of a run with {key} {shown(theirs.get(key))}, this one has {value}: "
                     "give the same flags, or another --output-dir, or leave --resume out"
                 )
 
 
-def _run_state(path: Path) -> dict[str, Any]:
+class RunState(dict):
+    """A run's checkpoint. What it lacks is a UserError for whoever asks for it."""
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"the checkpoint holds no training run to resume: it has no {key}")
+
+
+def _run_state(path: Path) -> RunState:
     """A checkpoint that a run can go on from."""
     state = load_checkpoint(path)
-    missing = [key for key in ("model", "optimizer", "epoch", "step", "settings") if key not in state]
-    if missing:
-        raise UserError(f"checkpoint {path} holds no training run to resume: it has no {missing[0]}")
-    return state
+    for key, kind in {"model": dict, "optimizer": dict, "epoch": int, "step": int, "settings": dict}.items():
+        if key not in state:
+            raise UserError(f"checkpoint {path} holds no training run to resume: it has no {key}")
+        if not isinstance(state[key], kind):
+            raise UserError(f"checkpoint {path}: {key} is of type {type(state[key]).__name__}, not {kind.__name__}")
+    return RunState(state)
+
+
+def check_like(found: Any, expected: Any, name: str = "") -> None:
+    """Raises UserError, naming the place, unless `found` is made as `expected` is: keys, lengths, types, shapes.
+
+    The numbers may be others. Where one that need not be whole is expected, a whole one will do.
+    """
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in [*expected, *found]:
+            place = f"{name}.{key}" if name else str(key)
+            if (key in expected) != (key in found):
+                raise _unlike(place, "is missing" if key in expected else "is unknown")
+            check_like(found[key], expected[key], place)
+    elif isinstance(expected, list | tuple) and isinstance(found, list | tuple):
+        if len(found) != len(expected):
+            raise _unlike(name, f"has {len(found)} entries, not {len(expected)}")
+        for index, pair in enumerate(zip(found, expected, strict=True)):
+            check_like(*pair, f"{name}.{index}")
+    elif isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
+        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            raise _unlike(name, f"is {found.dtype} {tuple(found.shape)}, not {expected.dtype} {tuple(expected.shape)}")
+    elif type(found) is not type(expected) and (type(found), type(expected)) != (int, float):
+        raise _unlike(name, f"is of type {type(found).__name__}, not {type(expected).__name__}")
+
+
+def _unlike(name: str, how: str) -> UserError:
+    return UserError(f"the checkpoint is of another run: {name!r} {how}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

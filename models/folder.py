@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from files import atomic_file, load_checkpoint, read_json, write_text
+from files import atomic_file, load_checkpoint, read_json, shown, write_text
 from utils import UserError
 
 from .backbone import create_backbone, full_widths, load_weights
@@ -19,7 +19,7 @@ from .extraction import extract
 from .macs import count_macs, count_params
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-MAX_DEPTH, MAX_SIZE = 1_000, 1_000_000  # beyond any vision transformer: of sizes in a config, checked before building
+MAX_DEPTH, MAX_SIZE = 100, 1_000_000  # beyond any vision transformer: of sizes in a config, checked before building
 
 
 def save_subnetwork(
@@ -63,10 +63,10 @@ def load_subnetwork(folder: Path) -> tuple[VisionTransformer, dict[str, Any]]:
             raise UserError(f"{folder / CONFIG}: {key} is missing or not of type {kind.__name__}")
     for key, width in config["widths"].items():
         if type(width) is not int:
-            raise UserError(f"{folder / CONFIG}: widths: {key} is {width!r}, not a whole number")
+            raise UserError(f"{folder / CONFIG}: widths: {shown(key)} is {shown(repr(width))}, not a whole number")
     _check_model_kwargs(config["model_kwargs"], folder / CONFIG)
     with torch.device("meta"):  # the structure alone; the weights are read into it
-        backbone = create_backbone(config["model"], **config["model_kwargs"])
+        backbone = create_backbone(config["model"], **config["model_kwargs"] | {"weight_init": "skip"})
     model = extract(backbone, config["widths"])
     _check_preprocessing(config["preprocessing"], model, folder / CONFIG)
     load_weights(model, load_checkpoint(folder / WEIGHTS), str(folder / WEIGHTS), assign=True)
@@ -82,9 +82,9 @@ def _check_model_kwargs(model_kwargs: dict[str, Any], path: Path) -> None:
         numbers = value if isinstance(value, list) else [value]
         largest = MAX_DEPTH if key == "depth" else MAX_SIZE
         if not all(isinstance(n, int | float | str | None) for n in numbers):
-            raise UserError(f"{path}: model_kwargs: {key} is {value!r}, not a plain value")
+            raise UserError(f"{path}: model_kwargs: {key} is {shown(repr(value))}, not a plain value")
         if any(isinstance(n, int | float) and not -largest <= n <= largest for n in numbers):
-            raise UserError(f"{path}: model_kwargs: {key} is {value}, beyond {largest}")
+            raise UserError(f"{path}: model_kwargs: {key} is {shown(value)}, beyond {largest}")
 
 
 def _check_preprocessing(preprocessing: dict[str, Any], model: VisionTransformer, path: Path) -> None:
@@ -103,4 +103,6 @@ def _check_preprocessing(preprocessing: dict[str, Any], model: VisionTransformer
     }
     for key, is_right in right.items():
         if not is_right:
-            raise UserError(f"{path}: preprocessing: {key} is {preprocessing.get(key)!r}, which does not fit the model")
+            raise UserError(
+                f"{path}: preprocessing: {key} is {shown(repr(preprocessing.get(key)))}, which does not fit the model"
+            )

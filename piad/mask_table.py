@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from files import read_json, write_text
+from files import read_json, shown, write_text
 from utils import UserError
 
 SMALLEST = -1  # the op code of the smallest network, whatever the number of codes
@@ -128,7 +128,7 @@ def _column(key: str, column: Any) -> dict[int, int]:
     """One module's entry, op code -> width, with whole numbers on both sides."""
     block, _, kind = str(key).partition(".")
     if not (block.isdecimal() and block.isascii() and kind in ("attn", "mlp")):
-        raise UserError(f'mask table: {key!r} is not a module; keys are like "3.attn" and "3.mlp"')
+        raise UserError(f'mask table: {shown(repr(key))} is not a module; keys are like "3.attn" and "3.mlp"')
     if not isinstance(column, dict) or not column:
         raise UserError(f"mask table: {key} is not an object of op codes")
     if len(column) > MAX_OP_CODES:
@@ -136,8 +136,10 @@ def _column(key: str, column: Any) -> dict[int, int]:
     codes = {}
     for code, width in column.items():
         if not isinstance(code, str) or not re.fullmatch(r"0|[1-9]\d{0,6}|-1", code, re.ASCII):
-            raise UserError(f"mask table: {key} has op code {code!r}, which is not a whole number")
+            raise UserError(f"mask table: {key} has op code {shown(repr(code))}, which is not a whole number")
         if type(width) is not int:
-            raise UserError(f"mask table: {key} has width {width!r} at op code {code}, which is not a whole number")
+            raise UserError(
+                f"mask table: {key} has width {shown(repr(width))} at op code {code}, which is not a whole number"
+            )
         codes[int(code)] = width
     return codes

@@ -11,7 +11,7 @@ from models.backbone import modules_of
 from models.elastic import set_widths
 from models.extraction import extract
 from models.macs import count_macs, macs_per_dim, tokens_of
-from utils import is_main_process
+from utils import UserError, is_main_process
 
 from .dropout_list import grow, unit_sizes
 from .importance import Batches, importance_of_dims
@@ -30,14 +30,24 @@ class ProgressiveDropout:
     def __init__(
         self, model: VisionTransformer, proxy: Batches, *, ratio: float, epochs: int, seed: int, table: MaskTable | None
     ):
-        """model: a super-network (elastic). Raises UserError where a module does not divide into units."""
+        """model: a super-network (elastic); table: of the run that goes on.
+
+        Raises UserError where a module does not divide into units, or the table is not one of the model.
+        """
         modules = modules_of(model)
         self.model, self.proxy = model, proxy
         self.ratio, self.epochs, self.seed = ratio, epochs, seed
         self.sizes = unit_sizes(modules)
         self.macs = {key: macs_per_dim(module, tokens_of(model)) for key, module in modules.items()}
         self.network_macs = count_macs(model)
-        self.table = table or MaskTable([{key: module.width for key, module in modules.items()}])
+        full = {key: module.width for key, module in modules.items()}
+        self.table = table or MaskTable([full])
+        self.table.check(full, "the model")
+        for key, width in self.table.widths(-1).items():
+            if width % self.sizes[key]:
+                raise UserError(
+                    f"mask table: {key} has width {width}, which is not in whole units of {self.sizes[key]}"
+                )
 
     def begin_epoch(self, epoch: int) -> None:
         """Grows the table, if the epoch is one of the growing ones."""

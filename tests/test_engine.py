@@ -501,3 +501,8 @@ def test_a_loss_that_is_not_finite_leaves_the_earlier_checkpoint(tmp_path: Path)
     state = load_checkpoint(tmp_path / "checkpoint_0.pth")
     assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_step_beyond_the_epochs_end_is_of_other_data(tmp_path: Path):
+    with pytest.raises(UserError, match="step 6 of an epoch, which has 5 of this data"):
+        make_run(tmp_path, [1.0], epochs=1, progress=Progress(step=6)).fit(1)

@@ -17,6 +17,7 @@ from files import (
     CheckpointFolder,
     RunLog,
     atomic_file,
+    check_like,
     check_output_dir,
     load_checkpoint,
     read_json,
@@ -299,6 +300,53 @@ def test_a_run_with_other_settings_does_not_go_on(tmp_path):
     for resume in ("auto", str(tmp_path / "checkpoint_0.pth")):
         with pytest.raises(UserError, match=r"checkpoint_0.pth is of a run with lr 1, this one has 2"):
             CheckpointFolder(tmp_path, {"stage": "piad", "lr": 2}).to_resume(resume)
+
+
+def test_a_checkpoint_with_one_bit_of_a_weight_changed_is_not_whole(tmp_path, capsys):
+    """torch reads it without a word."""
+    folder = CheckpointFolder(tmp_path, {})
+    for epoch in range(2):
+        folder.save(epoch, run_state(epoch) | {"model": {"weight": torch.full((64,), 3.0)}}, None)
+    path = tmp_path / "checkpoint_1.pth"
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((64,), 3.0).numpy().tobytes()) + 40] ^= 1
+    path.write_bytes(content)
+    assert not torch.load(path, weights_only=True)["model"]["weight"].eq(3).all()
+    with pytest.raises(UserError, match=r"checkpoint_1\.pth is damaged: .* has another checksum"):
+        load_checkpoint(path)
+    assert folder.to_resume("auto")["epoch"] == 0
+    assert "passing over checkpoint_1.pth" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"a": torch.zeros(2)}, r"'b' is missing"),
+        ({"a": torch.zeros(2), "b": [1, 2.0], "c": 0}, r"'c' is unknown"),
+        ({"a": torch.zeros(3), "b": [1, 2.0]}, r"'a' is torch.float32 \(3,\), not torch.float32 \(2,\)"),
+        ({"a": torch.zeros(2).half(), "b": [1, 2.0]}, r"'a' is torch.float16 \(2,\), not"),
+        ({"a": torch.zeros(2), "b": [1, 2.0, 3]}, r"'b' has 3 entries, not 2"),
+        ({"a": torch.zeros(2), "b": [1.0, 2.0]}, r"'b.0' is of type float, not int"),
+        ({"a": torch.zeros(2), "b": [True, 2.0]}, r"'b.0' is of type bool, not int"),
+        ({"a": [0.0, 0.0], "b": [1, 2.0]}, r"'a' is of type list, not Tensor"),
+    ],
+)
+def test_a_state_of_another_make_is_named(found, said):
+    expected = {"a": torch.zeros(2), "b": [1, 2.0]}
+    check_like({"a": torch.ones(2), "b": [7, 3]}, expected)
+    with pytest.raises(UserError, match=f"the checkpoint is of another run: {said}"):
+        check_like(found, expected)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(2, 3, device="meta"), torch.eye(3).to_sparse(), torch.zeros(1).expand(6)],
+    ids=["without numbers", "sparse", "of fewer numbers"],
+)
+def test_a_tensor_must_have_all_its_numbers(tensor, tmp_path):
+    torch.save({"state": [{"weight": tensor}]}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"'state.0.weight' is not a plain tensor with all its numbers"):
+        load_checkpoint(tmp_path / "odd.pth")
 
 
 def test_weights_alone_are_no_run_to_resume(tmp_path):

@@ -25,21 +25,26 @@ from hypothesis import strategies as st
 from programs import MODEL_KWARGS, NAME, assert_same, tiny_digits_model
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
 
 import datasets
 import main
-from files import load_checkpoint
+from engine import Progress, Training, train_one_epoch
+from files import CheckpointFolder, load_checkpoint
 from models.backbone import full_widths
+from models.elastic import make_elastic
 from models.extraction import extract
 from models.folder import load_subnetwork, save_subnetwork
 from piad.mask_table import MaskTable
+from piad.progressive import ProgressiveDropout
 from utils import UserError
 
-TESTS = 4  # that share a profile's examples
+TESTS = 5  # that share a profile's examples
 settings.register_profile("short", deadline=None, database=None, max_examples=200 // TESTS, derandomize=True)
 settings.register_profile("long", deadline=None, database=None, max_examples=2000 // TESTS + 1, print_blob=True)
 fuzz = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
+CPU = torch.device("cpu")
 FULL = {"0.attn": 16, "0.mlp": 192, "1.attn": 16, "1.mlp": 192}
 WIDTHS = {"0.attn": 8, "0.mlp": 48, "1.attn": 0, "1.mlp": 192}
 
@@ -191,7 +196,7 @@ def loaded(load: Callable[[], Any]) -> Any:
     try:
         return load()
     except UserError as error:
-        assert len(str(error).splitlines()) == 1, error
+        assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000, error
         return None
 
 
@@ -360,3 +365,149 @@ def test_a_damaged_safetensors_file_is_read_as_it_says_or_refused(data: st.DataO
         assert found.keys() == says.keys()
         for name, value in found.items():
             assert value.numpy().shape == says[name].shape and value.numpy().tobytes() == says[name].tobytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints, thing by thing
+
+SETTINGS = {"stage": "piad", "lr": 1e-3, "scale": [0.8, 1.0], "model_kwargs": MODEL_KWARGS, "clip_grad": None}
+IMAGES = torch.linspace(-1, 1, 4 * 16 * 16).reshape(4, 1, 16, 16), torch.arange(4)
+PIAD = {"ratio": 0.8, "epochs": 2, "seed": 0}
+
+
+def new_training() -> Training:
+    """A run's, all of whose parts have a state, before its first step."""
+    torch.manual_seed(0)
+    model = make_elastic(tiny_digits_model())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scaler, ema = torch.amp.GradScaler("cpu"), ModelEmaV3(model)
+    return Training(model, optimizer, torch.nn.CrossEntropyLoss(), CPU, 0, scaler=scaler, ema=ema)
+
+
+def train_a_step(training: Training, piad: ProgressiveDropout, progress: Progress) -> None:
+    epoch, step = progress.epoch, progress.step
+    train_one_epoch(
+        training, [IMAGES], epoch, steps=step + 1, start_step=step, losses=progress.losses, choose=piad.choose
+    )
+    progress.step += 1
+
+
+@functools.cache
+def run_state() -> dict[str, Any]:
+    """What the checkpoint of a run holds that has done two steps."""
+    training, progress = new_training(), Progress(best_epoch=0, best_top1=12.5)
+    piad = ProgressiveDropout(training.model, [IMAGES], **PIAD, table=None)
+    piad.begin_epoch(0)
+    for _ in range(2):
+        train_a_step(training, piad, progress)
+    return {**training.state_dict(), **progress.state_dict(), **piad.state_dict(), "settings": SETTINGS}
+
+
+def resumed(path: Path) -> tuple[Training, ProgressiveDropout, Progress]:
+    """What main.py goes on with, by the same calls in the same order."""
+    state = CheckpointFolder(path.parent, SETTINGS).to_resume(str(path))
+    training = new_training()
+    table = MaskTable.from_json(state["mask_table"])
+    piad = ProgressiveDropout(training.model, [IMAGES], **PIAD, table=table)
+    training.load_state_dict(state)
+    return training, piad, Progress.from_state(state)
+
+
+def alike(found: Any, expected: Any) -> bool:
+    """Of the same keys, lengths, types and shapes; a whole number is a number, too."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(alike(value, expected[key]) for key, value in found.items())
+    if isinstance(expected, list | tuple):
+        return len(found) == len(expected) and all(map(alike, found, expected))
+    if isinstance(expected, torch.Tensor):
+        return (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    return type(found) is type(expected) or (type(found), type(expected)) == (int, float)
+
+
+def equal(found: Any, said: Any) -> bool:
+    """The same keys and numbers; types are alike()'s affair."""
+    if isinstance(found, dict):
+        return found.keys() == said.keys() and all(equal(value, said[key]) for key, value in found.items())
+    if isinstance(found, list | tuple):
+        return len(found) == len(said) and all(map(equal, found, said))
+    if isinstance(found, torch.Tensor):
+        return torch.equal(found, said)
+    return found == said or (found != found and said != said)
+
+
+def state_says(resumption: tuple[Training, ProgressiveDropout, Progress], said: dict[str, Any]) -> None:
+    """All that the run goes on with is what the checkpoint says, and is made as a run's state is; and it goes on."""
+    training, piad, progress = resumption
+    found, whole = {**training.state_dict(), **progress.state_dict()}, run_state()
+    table_says(piad.table, said["mask_table"])
+    if len(said["losses"]) != 1 or said["step"] == 0:  # of other ranks, or of an epoch that is done
+        assert found.pop("losses") == [[0, 0]]
+    if found["best_epoch"] is None:
+        found.pop("best_epoch")
+        assert said["best_epoch"] is None
+    # A parameter may have been in no sub-network so far.
+    entries = whole["optimizer"]["state"]
+    entries = {index: entries[index] for index in found["optimizer"]["state"]}
+    made = {key: whole[key] for key in found} | {"optimizer": whole["optimizer"] | {"state": entries}}
+    assert alike(found, made)
+    assert all(equal(value, said[key]) for key, value in found.items())
+    assert said["settings"].keys() >= {key for key, value in SETTINGS.items() if value is not None}
+    assert all(said["settings"].get(key) == value for key, value in SETTINGS.items())
+    loaded(lambda: (piad.begin_epoch(1), train_a_step(*resumption)))
+
+
+def undoubled(value: Any) -> Any:
+    """Plain dictionaries, without what only JSON can say twice."""
+    if isinstance(value, dict):
+        return {key: undoubled(inner) for key, inner in value.items()}
+    return [undoubled(inner) for inner in value] if isinstance(value, list) else value
+
+
+@fuzz
+@given(data=st.data())
+def test_a_checkpoint_of_another_make_is_resumed_as_it_says_or_refused(data: st.DataObject, folder: Path):
+    odd = [*ODD, torch.zeros(3), torch.ones(48), torch.zeros((), dtype=torch.long), torch.ones(48, dtype=torch.half)]
+    state = undoubled(data.draw(mutated(run_state(), odd, more=("model", "epoch", 0))).content)
+    path = folder / "checkpoint_0.pth"
+    torch.save(state, path)
+    resumption = loaded(lambda: resumed(path))
+    if resumption is not None:
+        state_says(resumption, state)
+
+
+def test_a_good_checkpoint_is_resumed(folder: Path):
+    torch.save(run_state(), folder / "checkpoint_0.pth")
+    state_says(resumed(folder / "checkpoint_0.pth"), run_state())
+
+
+SMALLER = {key: {"0": width, "1": width - 1} for key, width in FULL.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"epoch": -1}, "epoch is -1"),
+        ({"epoch": 2**70}, "epoch is 1180591620717411303424"),
+        ({"step": True}, "step is True"),
+        ({"best_epoch": 0.5}, "best_epoch is 0.5"),
+        ({"best_top1": None}, "'best_top1' is of type NoneType"),
+        ({"losses": [[1.0, 0.0]]}, "losses of 0.0 images at step 2"),
+        ({"losses": {}}, "'losses' is of type dict"),
+        ({"skipped_steps": -1}, "skipped_steps is -1"),
+        ({"settings": SETTINGS | {"lr": torch.ones(48)}}, "is of a run with lr tensor"),
+        ({"settings": SETTINGS | {"scale": [torch.ones(2), 1.0]}}, "is of a run with scale"),
+        ({"mask_table": {key: {"0": width - 1} for key, width in FULL.items()}}, "0.attn has width 15 at op code 0"),
+        ({"mask_table": SMALLER}, "0.attn has width 15, which is not in whole units of 2"),
+    ],
+)
+def test_a_checkpoint_with_what_no_run_has_is_refused(change: dict[str, Any], said: str, folder: Path):
+    torch.save(run_state() | change, folder / "checkpoint_0.pth")
+    with pytest.raises(UserError, match=said):
+        resumed(folder / "checkpoint_0.pth")
+
+
+@pytest.mark.parametrize("key", ["mask_table", "losses", "best_epoch", "scaler", "model_ema", "settings"])
+def test_a_checkpoint_without_a_part_is_refused(key: str, folder: Path):
+    torch.save({name: value for name, value in run_state().items() if name != key}, folder / "checkpoint_0.pth")
+    with pytest.raises(UserError, match=key):
+        resumed(folder / "checkpoint_0.pth")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import copy
 import functools
 import io
 import json
@@ -69,26 +68,6 @@ def compressed_pth(zeros: int) -> bytes:
         for record in source.infolist():
             target.writestr(record.filename, source.read(record))
     return packed.getvalue()
-
-
-def laid_over(times: int) -> bytes:
-    """A .pth whose tensors are all the same bytes of the file, each of them a record of its own."""
-    plain = io.BytesIO(as_bytes({str(number): torch.zeros(2**19) for number in range(times)}))
-    zeros = bytes(4 * 2**19)
-    over = io.BytesIO()
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(over, "w") as target:
-        data: zipfile.ZipInfo | None = None
-        for record in source.infolist():
-            content = source.read(record)
-            if content == zeros and data is not None:
-                again = copy.copy(data)
-                again.filename = again.orig_filename = record.filename
-                target.filelist.append(again)
-                target.NameToInfo[record.filename] = again
-                continue
-            target.writestr(record.filename, content)
-            data = target.getinfo(record.filename) if content == zeros else data
-    return over.getvalue()
 
 
 def calling(*calls: tuple[Callable[..., Any], Any]) -> bytes:
@@ -165,8 +144,6 @@ TOO_MUCH: dict[str, tuple[str, Callable[[], Any]]] = {
         "checkpoint.pth",
         lambda: calling((codecs.encode, ("x" * 2**10, "latin1")), *[(codecs.encode, ("hex",))] * 20),
     ),
-    "a .pth that asks for room": ("checkpoint.pth", lambda: calling((torch.Tensor, (2**28,)))),
-    "a .pth that lays its records over each other": ("checkpoint.pth", lambda: laid_over(100)),
     "a .pth of few numbers that says they are many": ("checkpoint.pth", lambda: claimed_head(2**22)),
 }
 
@@ -217,7 +194,7 @@ def test_a_file_that_asks_for_too_much_is_refused_at_once(name: str, tmp_path: P
     connection.wait([receive, process.sentinel], 60)
     found = receive.recv() if receive.poll() else {"error": None}
     process.kill()
-    assert isinstance(found["error"], str), found
+    assert isinstance(found["error"], str) and len(found["error"]) < 1000, found
     assert found["seconds"] < 1
     assert found["bytes"] < 200e6
 
