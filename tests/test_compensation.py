@@ -424,6 +424,7 @@ def test_a_compensation_is_written_and_read(tmp_path: Path, data):
         (lambda t: {key: value for key, value in t.items() if key != "0.mlp.lower"}, "0.mlp.lower is missing"),
         (lambda t: {key: value for key, value in t.items() if key != "0.mlp.mean"}, "0.mlp.mean is missing"),
         (lambda t: {key: value for key, value in t.items() if key != "weights"}, "made for other weights"),
+        (lambda t: t | {"1.attn.positions": t["1.attn.positions"][:-1].clone()}, "1.attn.positions has shape"),
         (lambda t: t | {"0.mlp.mean": t["0.mlp.mean"].int()}, "0.mlp.mean has shape"),
     ],
 )

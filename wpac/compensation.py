@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from files import atomic_file, load_checkpoint
 from models.backbone import Module, last_layer, modules_of
+from models.macs import tokens_of
 from utils import UserError, checksum, reduce_sum
 
 COMPENSATION = "compensation.safetensors"
@@ -204,7 +205,7 @@ def load_compensation(path: Path, model: VisionTransformer) -> None:
     for name, value in tensors.items():
         key, _, part = name.rpartition(".")
         n = modules[key].heads * modules[key].width if key in modules else 0
-        length = {"mean": n, "lower": n * (n + 1) // 2, "positions": len(value)}.get(part, -1)
+        length = {"mean": n, "lower": n * (n + 1) // 2, "positions": tokens_of(model)}.get(part, -1)
         if n == 0 or value.shape != (length,) or value.dtype != torch.float32:
             raise UserError(f"{path} is not a compensation of this model: {name} has shape {tuple(value.shape)}")
     if stamp is None or stamp.numel() != 1 or stamp.item() != checksum(model.parameters()):

@@ -1,0 +1,33 @@
+"""docs/RESULTS.md shows what the studies measured: its tables are those of docs/results/*.json, line by line."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from programs import ROOT
+
+from benchmarks import study_contraction, study_training
+
+RESULTS = (ROOT / "docs" / "RESULTS.md").read_text()
+FOLDER = ROOT / "docs" / "results"
+TABLES = {
+    "contraction_vit_small_cifar10.json": study_contraction.markdown,
+    "contraction_vit_digits.json": study_contraction.markdown,
+    "training.json": lambda results: study_training.summary(results["runs"]),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_are_those_of_the_json(name: str):
+    text = TABLES[name](json.loads((FOLDER / name).read_text()))
+    assert len(text.splitlines()) > 5
+    missing = [line for line in text.splitlines() if line not in RESULTS.splitlines()]
+    assert missing == []
+
+
+def test_every_result_is_shown():
+    assert {path.name for path in FOLDER.glob("*.json")} == TABLES.keys()
+    shown = set(re.findall(r"results/(\w+\.png)", RESULTS))
+    assert shown == {path.name for path in FOLDER.glob("*.png")}
