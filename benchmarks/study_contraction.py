@@ -319,6 +319,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     group.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="seeds of the proxy sets")
     group.add_argument("--val-images", type=positive, metavar="N", help="of val/, drawn once (default: all)")
+    group.add_argument(
+        "--proxies", type=positive, nargs="+", default=[64, 256, 1024], metavar="N", help="numbers of proxy images"
+    )
     group.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help="(default: all)")
     group.add_argument(
         "--shares", type=share_type, nargs="+", default=SHARES, metavar="X", help="of the dims that are kept"
@@ -343,7 +346,7 @@ def main() -> None:
         if args.part == "apart":
             study.apart(draw, args.proxy_samples)
             continue
-        for number in (64, 256, 1024):
+        for number in args.proxies:
             study.held_out(number, draw)
             for damping in (DAMPING / 10, DAMPING * 10, DAMPING):
                 study.measure("+ bases and order (best)", draw, number, damping, args.shares)

@@ -167,6 +167,19 @@ def test_contraction_by_effect_keeps_the_logits(variant, data):
     assert relative(extract(model, full_widths(model))(data[0]), before) < 1e-10
 
 
+@pytest.mark.parametrize("method", [("wpac", "taylor"), ("fisher", "fisher")])
+def test_a_proxy_set_of_fewer_tokens_than_a_head_has_dims(method, data):
+    """One image of 5 tokens, 16 dims a head, 192 hidden units: finite, exact at full width, and it can be cut."""
+    model = random_backbone(patch_size=16)
+    images, targets = data
+    before = model(images).detach()
+    statistics = collect_statistics(model, [(images[:1], targets[:1])], outputs=True)
+    contract(model, statistics, *method)
+    compensate(model, statistics.outputs)
+    assert relative(model(images), before) < 1e-10
+    assert extract(model, some_widths(model))(images).isfinite().all()
+
+
 def test_moments_follow_the_contraction(data):
     """What contract() and centre_values() make of the moments is what is found when they are taken anew."""
     for variant in ("plain", "five_heads", "layer_scale"):
