@@ -230,7 +230,7 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--refit",
         action="store_true",
-        help="solve the last layers of a sub-network anew on --proxy-samples training images, without labels",
+        help="solve the linear layers of a sub-network anew on --proxy-samples training images, without labels",
     )
     group.add_argument(
         "--write-sub-networks", action="store_true", help="with --eval: also write each size as a folder op_<code>/"

@@ -306,7 +306,7 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
 def refitted(
     model: VisionTransformer, widths: dict[str, int], images: list[torch.Tensor], device: torch.device
 ) -> VisionTransformer:
-    """The sub-network at `widths`, its last layers solved anew on the images."""
+    """The sub-network at `widths`, its linear layers solved anew on the images."""
     small = extract(model, widths).to(device)
     refit(model, small, images)
     return small

@@ -352,11 +352,18 @@ def main() -> None:
                 study.measure("+ bases and order (best)", draw, number, damping, args.shares)
             study.measure("best, refitted", draw, number, DAMPING, args.shares)
             study.measure("WPAC + compensation", draw, number, DAMPING, args.shares)
-    rows = [row for row in study.results["rows"] if row["images"] == study.val_images]
     print(markdown(study.results))
-    shown = [row for row in rows if row["proxy"] == args.proxy_samples and row["damping"] == DAMPING]
-    plot_contraction(shown, whole, study.path.with_suffix(".png"), args.name.replace("_", " "))
-    print(json.dumps({"file": study.path.name, "rows": len(rows), "whole": whole}))
+    draw(study.results, study.path.with_suffix(".png"), args.name.replace("_", " "))
+    print(json.dumps({"file": study.path.name, "rows": len(study.results["rows"]), "whole": whole}))
+
+
+def draw(results: dict[str, Any], path: Path, title: str) -> None:
+    """The picture of the methods on the most images, with the usual damping and the most proxy images."""
+    whole = max(results["whole"], key=lambda whole: whole["images"])
+    rows = [row for row in results["rows"] if (row["images"], row["damping"]) == (whole["images"], DAMPING)]
+    most = max((row["proxy"] for row in rows), default=0)
+    rows = sorted((row for row in rows if row["proxy"] == most), key=lambda row: list(METHODS).index(row["method"]))
+    plot_contraction(rows, whole, path, f"{title}, {whole['images']} images")
 
 
 if __name__ == "__main__":

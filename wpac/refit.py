@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from models.backbone import attention_branch, embed, last_layer, mlp_branch
+from models.backbone import attention_branch, embed, mlp_branch
 from utils import progress_bar, reduce_sum
 
 from .compensation import DAMPING, EVEN
@@ -20,11 +21,12 @@ RUN: dict[str, Callable[[Block, Tensor], Tensor]] = {"attn": attention_branch, "
 def refit(
     model: VisionTransformer, small: VisionTransformer, images: Iterable[Tensor], damping: float = DAMPING
 ) -> None:
-    """Solves the last layer of every branch of `small` anew, in place and in running order, by damped least squares.
+    """Solves the linear layers of every branch of `small` anew, in place, in running order, by damped least squares.
 
-    model: the whole network that `small` was cut from.  images: batches (B, C, height, width).  A branch's inputs are
-    those that the refitted layers before it really give; its target is what the whole network has in the residual
-    stream after the branch, so that it makes up for the drift so far too. Both networks run once, block by block.
+    model: the whole network that `small` was cut from.  images: batches (B, C, height, width).  The inputs of a layer
+    are those that the refitted layers before it really give. The target of a branch's first layer (qkv, fc1) is what
+    it gave on the whole network's residual stream; of its last (proj, fc2), that stream after the branch, so that it
+    makes up for the drift so far too. Both networks run block by block, with activations kept for one at a time.
     """
     device = next(small.parameters()).device
     model, small = model.to(device).eval(), small.eval()
@@ -32,12 +34,39 @@ def refit(
     narrow = list(wide)
     for whole, cut in progress_bar(list(zip(model.blocks, small.blocks, strict=True)), "refit"):
         for kind, run in RUN.items():
-            weights = _token_weights(getattr(whole, kind), wide[0])
-            wide = [x + run(whole, x) for x in wide]
+            before, wide = wide, [x + run(whole, x) for x in wide]
             if not hasattr(cut, kind):
                 continue
-            _solve(cut, kind, narrow, wide, weights, damping)
+            weights = _token_weights(getattr(whole, kind), wide[0])
+            norm, first, last = _layers(cut, kind)
+            _solve(first, [norm(x) for x in narrow], [first(norm(x)) for x in before], weights, damping)
+            scale = _layer_scale(cut, kind, last)
+            targets = [(target - x).double() / scale for x, target in zip(narrow, wide, strict=True)]
+            _solve(last, _inputs_of(last, partial(run, cut), narrow), targets, weights, damping)
             narrow = [x + run(cut, x) for x in narrow]
+
+
+def _layers(block: Block, kind: str) -> tuple[nn.Module, nn.Linear, nn.Linear]:
+    """The norm, the first and the last linear layer of a branch."""
+    if kind == "attn":
+        return block.norm1, block.attn.qkv, block.attn.proj
+    return block.norm2, block.mlp.fc1, block.mlp.fc2
+
+
+def _layer_scale(block: Block, kind: str, last: nn.Linear) -> Tensor:
+    """(D,), in float64: what the last layer's outputs are multiplied by; inf where that is nothing, so no target."""
+    gamma = getattr(block.ls1 if kind == "attn" else block.ls2, "gamma", last.weight.new_ones(last.out_features))
+    return torch.where(gamma == 0, torch.inf, gamma.double())
+
+
+def _inputs_of(layer: nn.Linear, run: Callable[[Tensor], Tensor], stream: list[Tensor]) -> Iterator[Tensor]:
+    """What enters the layer while the branch runs, batch by batch."""
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    for x in stream:
+        run(x)
+        yield seen.pop()
+    hook.remove()
 
 
 def _token_weights(branch: nn.Module, x: Tensor) -> Tensor:
@@ -48,32 +77,26 @@ def _token_weights(branch: nn.Module, x: Tensor) -> Tensor:
 
 
 def _solve(
-    cut: Block, kind: str, narrow: list[Tensor], wide: list[Tensor], token_weights: Tensor, damping: float
+    layer: nn.Linear, inputs: Iterable[Tensor], targets: Iterable[Tensor], token_weights: Tensor, damping: float
 ) -> None:
-    """Least squares for one last layer: its inputs to `wide` less `narrow`; damping draws to the weights it has."""
-    layer = last_layer(cut, kind)
-    n, D = layer.in_features, layer.out_features
-    gamma = getattr(cut.ls1 if kind == "attn" else cut.ls2, "gamma", layer.weight.new_ones(D)).double()
-    seen: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-    moments = torch.zeros(n + 1, n + 1 + D, dtype=torch.float64, device=layer.weight.device)
-    for x, target in zip(narrow, wide, strict=True):
-        RUN[kind](cut, x)
-        inputs = seen.pop().flatten(0, 1).double()  # (B N, n)
-        outputs = (target - x).flatten(0, 1).double() / torch.where(gamma == 0, 1.0, gamma)  # (B N, D)
-        one = torch.ones(len(inputs), 1, dtype=torch.float64, device=inputs.device)
-        left = torch.cat([inputs, one], 1)
-        moments += (left * token_weights.repeat(len(x))[:, None]).mT @ torch.cat([left, outputs], 1)
-    hook.remove()
+    """Weighted least squares from inputs (B, N, n) to targets (B, N, out); damping draws to the weights it has."""
+    n, out = layer.in_features, layer.out_features
+    moments = torch.zeros(n + 1, n + 1 + out, dtype=torch.float64, device=layer.weight.device)
+    for x, y in zip(inputs, targets, strict=True):
+        left = torch.cat([x.double(), torch.ones_like(x[..., :1], dtype=torch.float64)], -1).flatten(0, 1)
+        weighted = left * token_weights.repeat(len(x))[:, None]  # (B N, n + 1)
+        moments += weighted.mT @ torch.cat([left, y.double().flatten(0, 1)], 1)
     reduce_sum(moments)
     moments /= moments[n, n].clone()
     mean, mean_out = moments[n, :n], moments[n, n + 1 :]
+    if layer.bias is None:  # then nothing can take up a mean
+        mean, mean_out = torch.zeros_like(mean), torch.zeros_like(mean_out)
     covariance = moments[:n, :n] - torch.outer(mean, mean)
     cross = moments[:n, n + 1 :] - torch.outer(mean, mean_out)
     before = layer.weight.double()
     floor = covariance.diagonal().mean() * damping
     damped = covariance + torch.where(floor > 0, floor, 1.0) * torch.eye(n, dtype=torch.float64, device=floor.device)
     weight = before + torch.linalg.solve(damped.cpu(), (cross - covariance @ before.mT).cpu()).mT.to(before.device)
-    heard = gamma != 0  # an output that LayerScale silences stays what it was
-    layer.weight[heard] = weight[heard].to(layer.weight.dtype)
-    layer.bias[heard] = (mean_out - weight @ mean)[heard].to(layer.bias.dtype)
+    layer.weight.copy_(weight)
+    if layer.bias is not None:
+        layer.bias.copy_(mean_out - weight @ mean)
