@@ -4,14 +4,13 @@
 set -eu
 cd "$(dirname "$0")"
 export DATA_SET=digits OUTPUT="${OUTPUT:-output/demo}"
-export REPORT="$OUTPUT" METHOD=best
-for stage in pretrain reparam; do
-    echo "=== run_$stage.sh"
-    sh "run_$stage.sh"
-done
-echo "=== run_test.sh: twelve sizes of the contracted weights, without training"
-CHECKPOINT="$OUTPUT/reparamed/digits/contracted.safetensors" WEIGHTS='' BASELINE='' REPORT="$OUTPUT/untrained" sh run_test.sh
-for stage in train test train_peeled; do
+echo "=== run_pretrain.sh"
+sh run_pretrain.sh
+echo "=== METHOD=best run_reparam.sh and run_test.sh: twelve sizes without training"
+METHOD=best FOLDER="$OUTPUT/reparamed/best" sh run_reparam.sh
+CHECKPOINT="$OUTPUT/reparamed/best/contracted.safetensors" WEIGHTS='' BASELINE='' REPORT="$OUTPUT/untrained" sh run_test.sh
+export REPORT="$OUTPUT"
+for stage in reparam train test train_peeled; do
     echo "=== run_$stage.sh"
     sh "run_$stage.sh"
 done

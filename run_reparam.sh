@@ -3,7 +3,7 @@
 #
 # METHOD=paper (the default) is the paper's. METHOD=best orders dims by their effect on the loss, and writes beside the
 # weights compensation.safetensors, with which a sub-network makes up for what was cut, and a mask table without training:
-# sizes at once, CHECKPOINT=OUTPUT/reparamed/NAME/contracted.safetensors sh run_test.sh evaluates them.
+# sizes at once, which CHECKPOINT=FOLDER/contracted.safetensors sh run_test.sh evaluates. FOLDER: where the results go.
 #
 #   sh run_reparam.sh                                                       the embedded digits
 #   DATA_SET=imagenet DATA_PATH=/data/imagenet MODEL=vit_small sh run_reparam.sh
@@ -14,6 +14,7 @@
 set -eu
 . ./common.sh
 METHOD=${METHOD:-paper}
+FOLDER=${FOLDER:-$OUTPUT/reparamed/$NAME}
 DROPOUT_RATIO=${DROPOUT_RATIO:-0.92} # share of the MACs that the mask table of METHOD=best reaches
 CHECKPOINT=${CHECKPOINT:-$(newest "$OUTPUT/pretrained/$NAME")}
 if [ -z "$CHECKPOINT" ] && [ "$DATA_SET" = digits ]; then
@@ -28,4 +29,4 @@ else
     set -- --pretrained
 fi
 [ "$METHOD" != best ] || set -- "$@" --mask-table --dropout-ratio "$DROPOUT_RATIO"
-launch reparam.py "$@" --method "$METHOD" --output-dir "$OUTPUT/reparamed/$NAME"
+launch reparam.py "$@" --method "$METHOD" --output-dir "$FOLDER"
