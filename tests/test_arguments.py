@@ -13,9 +13,10 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 
 import main
-from arguments import parse_main_arguments, parse_reparam_arguments
+import reparam
+from arguments import parse_main_arguments
 
-PARSERS = {"main.py": parse_main_arguments, "reparam.py": parse_reparam_arguments}
+PARSERS = {"main.py": parse_main_arguments, "reparam.py": reparam.parse_arguments}
 
 
 def parsed(monkeypatch: pytest.MonkeyPatch, *flags: str, program: str = "main.py") -> argparse.Namespace:
@@ -25,9 +26,9 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *flags: str, program: str = "main.py
 
 def parser_of(monkeypatch: pytest.MonkeyPatch, parse: Callable[[], argparse.Namespace]) -> argparse.ArgumentParser:
     """The parser that a function makes and parses with."""
-    made = []
+    made, parse_args = [], argparse.ArgumentParser.parse_args
     monkeypatch.setattr(sys, "argv", ["program"])
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self: made.append(self) or argparse.Namespace())
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self: made.append(self) or parse_args(self))
     parse()
     return made[-1]
 
