@@ -353,11 +353,11 @@ def main() -> None:
             study.measure("best, refitted", draw, number, DAMPING, args.shares)
             study.measure("WPAC + compensation", draw, number, DAMPING, args.shares)
     print(markdown(study.results))
-    draw(study.results, study.path.with_suffix(".png"), args.name.replace("_", " "))
+    picture(study.results, study.path.with_suffix(".png"), args.name.replace("_", " "))
     print(json.dumps({"file": study.path.name, "rows": len(study.results["rows"]), "whole": whole}))
 
 
-def draw(results: dict[str, Any], path: Path, title: str) -> None:
+def picture(results: dict[str, Any], path: Path, title: str) -> None:
     """The picture of the methods on the most images, with the usual damping and the most proxy images."""
     whole = max(results["whole"], key=lambda whole: whole["images"])
     rows = [row for row in results["rows"] if (row["images"], row["damping"]) == (whole["images"], DAMPING)]

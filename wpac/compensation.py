@@ -26,7 +26,7 @@ from utils import UserError, checksum, reduce_sum
 COMPENSATION = "compensation.safetensors"
 DAMPING = 1e-2  # share of the mean variance added to S; benchmarks/study_contraction.py chooses it on held-out images
 EVEN = 0.5  # share of a token's weight that all tokens have alike; the rest follows the gradient at the token
-BLOCK = 384  # columns multiplied at once: S is symmetric, so about half of it is left out
+BLOCK = 128  # columns multiplied at once: S is symmetric, so about half of it is left out
 
 
 @dataclass
