@@ -68,7 +68,7 @@ def measure_statistics(args: argparse.Namespace, device: torch.device) -> list[R
             "forward + backward, time",
             ratio(seconds["outputs"], seconds["plain"]),
             1.5,
-            bound=f"the sums in float64, of the inputs of every last layer too, take {outputs:.0f} ms",
+            bound=f"the sums, of the inputs of every last layer too, take {outputs:.0f} ms",
             numbers=timing_numbers(seconds, "plain"),
         ),
     ]

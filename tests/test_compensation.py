@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import VARIANTS, batches, random_backbone, random_data, relative, some_widths
 from torch import Tensor, nn
 
-from models.backbone import full_widths, last_layer, modules_of
+from models.backbone import Module, full_widths, last_layer, modules_of
 from models.elastic import make_elastic, set_widths
 from models.extraction import extract
 from utils import UserError
@@ -24,6 +24,7 @@ from wpac.compensation import (
     COMPENSATION,
     EVEN,
     Compensation,
+    OutputCollector,
     OutputMoments,
     compensate,
     load_compensation,
@@ -92,7 +93,7 @@ def test_without_damping_no_layer_of_its_size_is_nearer(seed: int = 0):
     x = wide_data(6, 6, 50, seed)
     weight, bias = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     moments = moments_of(x)
-    found = Compensation(moments.mean, torch.linalg.cholesky(moments.damped(1e-12)), moments.positions)
+    found = Compensation(moments.mean, torch.linalg.cholesky(moments.covariance), moments.positions)
     target = x @ weight.T + bias
     for k in range(1, 6):
         rows = torch.cat([x[:, :k], torch.ones(50, 1, dtype=torch.float64)], 1)
@@ -133,6 +134,19 @@ def test_singular_inputs_give_a_finite_layer_that_is_no_worse(spoil):
         assert cut.isfinite().all() and cut_bias.isfinite().all()
         error = (x[:, :k] @ cut.T + cut_bias - target).square().sum()
         assert error <= (x[:, :k] @ weight[:, :k].T + bias - target).square().sum() + 1e-9 * target.square().sum()
+
+
+@pytest.mark.parametrize("spread", [0, 1e-4, 1])
+def test_moments_of_a_float32_model_can_be_factorised(spread):
+    """However far the inputs lie from zero, and with next to no damping."""
+    collector = OutputCollector(Module("0.mlp", 0, "mlp", 300, 1, 3), torch.device("cpu"))
+    x = 30 + spread * torch.randn(2, 50, 300, generator=torch.Generator().manual_seed(0))
+    collector.update(x, torch.ones(2, 50, 3))
+    moments = collector.finalize()
+    assert torch.linalg.cholesky(moments.damped(1e-30)).isfinite().all()
+    assert relative(moments.mean, x.double().mean((0, 1))) < 1e-6
+    wanted = torch.cov(x.double().flatten(0, 1).T, correction=0)
+    assert (moments.covariance - wanted).norm() <= moments.rounding
 
 
 def test_a_module_for_which_it_is_worse_goes_without():

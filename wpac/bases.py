@@ -69,18 +69,17 @@ def elimination_order(weight: Tensor, covariance: Tensor, metric: Tensor, rounds
     can, is least: |G^1/2 w|^2 / (S^-1)_ii, with w and S^-1 those of the units that are left.
     """
     root, _ = square_roots(metric)
-    weight, inverse = root @ weight, torch.linalg.inv(covariance)
-    left, dropped = torch.arange(weight.shape[1]), []
+    weight, inverse = root @ weight, torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+    left, dropped = torch.ones(weight.shape[1], dtype=torch.bool), []
     size = max(1, len(left) // rounds)
-    while len(left):
+    while left.any():
         loss = weight.square().sum(0) / inverse.diagonal()
-        order = torch.argsort(loss, stable=True)
-        out, kept = order[:size], order[size:].sort().values
-        dropped.append(left[out].flip(0))
-        guess = torch.linalg.solve(inverse[out][:, out], inverse[out][:, kept])
-        weight = weight[:, kept] - weight[:, out] @ guess
-        inverse = inverse[kept][:, kept] - inverse[kept][:, out] @ guess
-        left = left[kept]
+        out = torch.argsort(loss.where(left, torch.inf), stable=True)[: min(size, int(left.sum()))]
+        dropped.append(out.flip(0))
+        left[out] = False
+        guess = torch.linalg.solve(inverse[out][:, out], inverse[out])  # (size, M); what is dropped becomes zero
+        weight = weight - weight[:, out] @ guess
+        inverse.addmm_(inverse[:, out], guess, alpha=-1)
     return torch.cat(dropped[::-1])
 
 

@@ -10,7 +10,7 @@ takes it in: nothing is added to the model. With S = L L^T, S_rk S_kk^-1 = L_rk 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from utils import UserError, checksum, reduce_sum
 COMPENSATION = "compensation.safetensors"
 DAMPING = 1e-2  # share of the mean variance added to S; benchmarks/study_contraction.py chooses it on held-out images
 EVEN = 0.5  # share of a token's weight that all tokens have alike; the rest follows the gradient at the token
+ROUNDING = 8  # times the machine epsilon: how far products may be off, as a share of the norm of what they add up to
 BLOCK = 128  # columns multiplied at once: S is symmetric, so about half of it is left out
 
 
@@ -35,33 +36,38 @@ class OutputMoments:
 
     mean (n,), covariance (n, n): of its inputs, in the order in which they are kept.  metric (D, D): G, the second
     moment of the cost's gradient at its output.  positions (N,): how much the gradient's energy lies at each token, 1
-    on average.
+    on average.  rounding: how far the covariance may be off, in norm.
     """
 
     mean: Tensor
     covariance: Tensor
     metric: Tensor
     positions: Tensor
+    rounding: float = 0.0
 
     def damped(self, damping: float = DAMPING) -> Tensor:
-        """S with `damping` of the mean variance added to each input's; positive definite, whatever the inputs."""
+        """S with `damping` of the mean variance added to each input's; positive definite, whatever the inputs.
+
+        What is added is never less than what rounding may have taken away.
+        """
         mean = self.covariance.diagonal().mean()
-        floor = damping * mean if mean > 0 else torch.ones_like(mean)
+        floor = (damping * mean).clamp(min=self.rounding) if mean > 0 else torch.ones_like(mean)
         return self.covariance + floor * torch.eye(len(self.mean), dtype=mean.dtype, device=mean.device)
 
     def moved(self, transform: Tensor) -> OutputMoments:
         """The moments of transform @ x."""
-        covariance = transform @ self.covariance @ transform.mT
-        return OutputMoments(transform @ self.mean, covariance, self.metric, self.positions)
+        return replace(self, mean=transform @ self.mean, covariance=transform @ self.covariance @ transform.mT)
 
     def ordered(self, order: Tensor) -> OutputMoments:
         """The moments of x[order]."""
-        return OutputMoments(self.mean[order], self.covariance[order][:, order], self.metric, self.positions)
+        return replace(self, mean=self.mean[order], covariance=self.covariance[order][:, order])
 
 
 class OutputCollector:
-    """Streams the moments of a module's last layer in float64; it reads (x (B, N, n), g (B, N, D)), see models.taylor.
+    """Streams the moments of a module's last layer; it reads (x (B, N, n), g (B, N, D)), see models.taylor.
 
+    A batch's products are taken in the model's own type and added up in float64: float32 halves the time, and what it
+    rounds off is far below any damping (see OutputMoments.damped).
     Within an image a token's weight is EVEN, and the rest by its share of the gradient's energy |g|^2: a guess has to
     be good where the loss looks. An image's tokens weigh 1 on average, so nothing depends on batches or ranks.
     """
@@ -73,35 +79,37 @@ class OutputCollector:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.second, self.first, self.tokens = zeros(n, n), zeros(n), zeros()
-        self.metric, self.images = zeros(module.dim, module.dim), zeros()
+        self.metric = zeros(module.dim, module.dim)
+        self.epsilon = 0.0  # of the type in which products are taken
         self.positions: Tensor | None = None  # as long as a sequence is, which the first batch says
 
     @torch.no_grad()
     def update(self, x: Tensor, g: Tensor) -> None:
-        x, g = x.double(), g.double()
-        energy = g.square().sum(-1)  # (B, N)
+        self.epsilon = torch.finfo(x.dtype).eps
+        energy = g.double().square().sum(-1)  # (B, N)
         share = energy / energy.mean(1, keepdim=True)
         weight = EVEN + (1 - EVEN) * torch.where(share.isfinite(), share, 1.0)
         self.positions = energy.sum(0) + (0 if self.positions is None else self.positions)
-        self.images += len(x)
         self.tokens += energy.numel()
-        rows, weighted = x.flatten(0, 1), (x * weight[..., None]).flatten(0, 1)  # (B N, n)
+        rows, weighted = x.flatten(0, 1), (x * weight[..., None].to(x.dtype)).flatten(0, 1)  # (B N, n)
         for start in range(0, len(self.first), BLOCK):
             columns = slice(start, start + BLOCK)
             self.second[columns, start:] += weighted[:, columns].mT @ rows[:, start:]
-        self.first += weighted.sum(0)
+        self.first += weighted.sum(0, dtype=torch.float64)
         g = g.flatten(0, 1)
         self.metric += g.mT @ g
 
     def finalize(self) -> OutputMoments:
         """The moments of all ranks' tokens together."""
-        reduce_sum(self.second, self.first, self.tokens, self.metric, self.images, self.positions)
+        reduce_sum(self.second, self.first, self.tokens, self.metric, self.positions)
         mean = self.first / self.tokens
         upper = self.second.triu() / self.tokens
-        covariance = upper + upper.triu(1).mT - torch.outer(mean, mean)
+        second = upper + upper.triu(1).mT
+        rounding = ROUNDING * self.epsilon * second.norm().item()
         total = self.positions.mean()
         positions = self.positions / total if total > 0 else torch.ones_like(self.positions)
-        return OutputMoments(mean, covariance, self.metric / self.tokens, positions)
+        covariance = second - torch.outer(mean, mean)
+        return OutputMoments(mean, covariance, self.metric / self.tokens, positions, rounding)
 
 
 class Compensation(nn.Module):
