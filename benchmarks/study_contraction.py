@@ -26,12 +26,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from arguments import add_common_arguments, data_overrides, positive
+from arguments import positive
 from arguments import share as share_type
-from benchmarks.common import ROOT, describe_machine
-from datasets import eval_loader, open_splits, preprocessing, proxy_set
-from files import write_text
-from models.backbone import full_widths, load_backbone, modules_of
+from benchmarks.study import Batches, CutStudy, add_study_arguments, silence
+from datasets import proxy_set
+from models.backbone import full_widths, modules_of
 from models.elastic import make_elastic
 from models.extraction import extract
 from models.macs import count_macs
@@ -48,7 +47,6 @@ from wpac.refit import refit
 from wpac.statistics import collect_statistics
 from wpac.transform import centre_values, contract
 
-Batches = list[tuple[Tensor, Tensor]]
 SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 # Of the dims of q and k, and of v: each three have the same MACs.
 APART = ((1 / 16, 3 / 16), (1 / 8, 1 / 8), (3 / 16, 1 / 16), (1 / 8, 3 / 8), (1 / 4, 1 / 4), (3 / 8, 1 / 8))
@@ -95,10 +93,8 @@ def piad_table(model: VisionTransformer, batches: Batches) -> MaskTable:
 @torch.no_grad()
 def cut_apart(model: VisionTransformer, qk: float, v: float) -> VisionTransformer:
     """A copy that gives what a network with these shares of the dims of q and k, and of v, would: the rest is zero."""
-    model = copy.deepcopy(model)
+    model = silence(copy.deepcopy(model), qk=qk)
     for block, module in zip(model.blocks, (m for m in modules_of(model).values() if m.kind == "attn"), strict=True):
-        for parameter in (block.attn.qkv.weight, block.attn.qkv.bias):
-            parameter.view(3, module.heads, module.width, -1)[:2, :, int(module.width * qk) :] = 0
         weight, bias = ordered_layer(model, module)
         cut, cut_bias = block.attn.compensation(weight, bias, module.heads * int(module.width * v))
         weight.zero_()[:, : cut.shape[1]] = cut
@@ -141,52 +137,8 @@ METHODS = {
 }
 
 
-class Study:
-    """The model, its data in memory, and the results so far."""
-
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args, self.device = args, device
-        self.path = args.output_dir / f"contraction_{args.name}.json"
-        self.images, val = open_splits(args.data_set, args.data_path)
-        self.base = load_backbone(
-            args.model, args.model_kwargs, num_classes=self.images.num_classes, checkpoint=args.checkpoint
-        )
-        self.base.to(device).eval()
-        self.config = preprocessing(self.base, data_overrides(args))
-        val = proxy_set(val, args.val_images, 0) if args.val_images else val
-        self.val_images, self.val = len(val), self.batches(val)
-        self.whole = self.logits(self.base)
-        self.results = (
-            json.loads(self.path.read_text())
-            if self.path.exists()
-            else {"whole": [], "rows": [], "damping": [], "apart": []}
-        )
-        facts = {"model": args.model, "model_kwargs": args.model_kwargs, "checkpoint": Path(args.checkpoint).name}
-        self.results |= {**facts, "machine": describe_machine(device, args.threads), "default_damping": DAMPING}
-        self.reference = {"macs": count_macs(self.base), "images": self.val_images, **self.scores(self.whole)}
-        known = [row for row in self.results["whole"] if row["images"] != self.val_images]
-        self.results["whole"] = [*known, self.reference]
-
-    def batches(self, images: Any) -> Batches:
-        loader = eval_loader(images, self.config, batch_size=self.args.batch_size, workers=self.args.workers)
-        return [(x.to(self.device), y.to(self.device)) for x, y in loader]
-
-    def proxy(self, number: int, draw: int) -> Batches:
-        return self.batches(proxy_set(self.images, number, draw))
-
-    @torch.inference_mode()
-    def logits(self, model: VisionTransformer) -> Tensor:
-        return torch.cat([model(images) for images, _ in self.val])
-
-    def scores(self, logits: Tensor) -> dict[str, float]:
-        """Top-1 in percent, and the mean KL divergence from the whole model's outputs to these."""
-        targets = torch.cat([y for _, y in self.val])
-        expected, found = self.whole.double().log_softmax(1), logits.double().log_softmax(1)
-        kl = (expected.exp() * (expected - found)).sum(1).mean().item()
-        return {"top1": 100 * (logits.argmax(1) == targets).double().mean().item(), "kl": kl}
-
-    def is_known(self, **key: Any) -> bool:
-        return any(all(row[name] == value for name, value in key.items()) for row in self.results["rows"])
+class Study(CutStudy):
+    """The methods, one after another."""
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 -- methods that are made ready alike stand next to each other
     def ready(self, prepare: str, proxy: int, draw: int, damping: float) -> tuple[Contracted, Batches, float]:
@@ -197,7 +149,7 @@ class Study:
     def measure(self, name: str, draw: int, proxy: int, damping: float, shares: tuple[float, ...]) -> None:
         """One method at the shares that are not known yet."""
         key = {"method": name, "draw": draw, "proxy": proxy, "damping": damping, "images": self.val_images}
-        shares = tuple(share for share in shares if not self.is_known(**key, share=share))
+        shares = tuple(share for share in shares if not self.results.rows("rows", **key, share=share))
         if not shares:
             return
         method = METHODS[name]
@@ -216,27 +168,19 @@ class Study:
                 refit(ready.model, small, [images for images, _ in batches], damping)
             times = {"seconds_to_prepare": seconds, "seconds_to_cut": time.perf_counter() - start}
             row = {**key, "share": share, "macs": count_macs(self.base, widths), **self.scores(self.logits(small))}
-            self.add("rows", row | times)
+            self.results.add("rows", row | times)
 
     def apart(self, draw: int, proxy: int) -> None:
         """Attention alone, with other widths for q and k than for v, at the same MACs: would two widths pay?"""
-        for shares in APART:
-            known = [row for row in self.results["apart"] if row["images"] == self.val_images]
-            if any((row["qk"], row["v"]) == shares for row in known):
-                continue
-            ready, _, _ = self.ready("best", proxy, draw, DAMPING)
-            row = {"qk": shares[0], "v": shares[1], "images": self.val_images, "draw": draw, "proxy": proxy}
-            self.add("apart", row | self.scores(self.logits(cut_apart(ready.model, *shares))))
-
-    def add(self, kind: str, row: dict[str, Any]) -> None:
-        self.results[kind].append(row)
-        write_text(self.path, json.dumps(self.results, indent=1) + "\n")
-        words = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
-        print(*words.values(), sep="  ", flush=True)
+        for qk, v in APART:
+            key = {"qk": qk, "v": v, "images": self.val_images, "draw": draw, "proxy": proxy}
+            if not self.results.rows("apart", **key):
+                ready, _, _ = self.ready("best", proxy, draw, DAMPING)
+                self.results.add("apart", key | self.scores(self.logits(cut_apart(ready.model, qk, v))))
 
     def held_out(self, number: int, draw: int) -> None:
         """The error of the guess, fitted on half of the proxy images, on the other half: relative, for each damping."""
-        if any((row["proxy"], row["draw"]) == (number, draw) for row in self.results["damping"]):
+        if self.results.rows("damping", proxy=number, draw=draw):
             return
         batches = self.batches(proxy_set(self.images, number, draw))
         images, targets = (torch.cat(part) for part in zip(*batches, strict=True))
@@ -255,7 +199,8 @@ class Study:
                 lower = torch.linalg.cholesky(fitted.damped(damping))
                 cut, _ = Compensation(fitted.mean, lower, fitted.positions)(weight, bias, weight.shape[1] // 4)
                 errors[damping] += relative_error(weight, cut, other) / len(others)
-        self.add("damping", {"proxy": number, "draw": draw, "held_out_error": {f"{d:g}": e for d, e in errors.items()}})
+        row = {"proxy": number, "draw": draw, "held_out_error": {f"{d:g}": e for d, e in errors.items()}}
+        self.results.add("damping", row)
 
 
 def relative_error(weight: Tensor, cut: Tensor, moments: OutputMoments) -> float:
@@ -277,7 +222,7 @@ def markdown(results: dict[str, Any]) -> str:
                 "",
             ]
             lines += [*_rows(rows), ""]
-    if results["damping"]:
+    if results.get("damping"):
         dampings = list(results["damping"][0]["held_out_error"])
         lines += ["| proxy images | " + " | ".join(f"damping {damping}" for damping in dampings) + " |"]
         lines += ["|---" * (len(dampings) + 1) + "|"]
@@ -311,14 +256,10 @@ def _rows(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser)
-    group = parser.add_argument_group("study")
-    group.add_argument("--name", required=True, help="of the model and data, for the files")
+    group = add_study_arguments(parser)
     group.add_argument(
         "--part", choices=("methods", "proxies", "apart"), default="methods", help="(default: %(default)s)"
     )
-    group.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="seeds of the proxy sets")
-    group.add_argument("--val-images", type=positive, metavar="N", help="of val/, drawn once (default: all)")
     group.add_argument(
         "--proxies", type=positive, nargs="+", default=[64, 256, 1024], metavar="N", help="numbers of proxy images"
     )
@@ -326,8 +267,6 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument(
         "--shares", type=share_type, nargs="+", default=SHARES, metavar="X", help="of the dims that are kept"
     )
-    group.add_argument("--threads", type=positive, metavar="N", help="of the CPU (default: PyTorch's)")
-    parser.set_defaults(output_dir=ROOT / "docs" / "results", workers=2)
     return parser.parse_args()
 
 
@@ -335,8 +274,8 @@ def main() -> None:
     args = parse_arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    study = Study(args, init_processes(args))
-    whole = study.reference
+    study = Study(args, init_processes(args), args.output_dir / f"contraction_{args.name}.json")
+    results, whole = study.results, study.reference
     print(f"whole: top-1 {whole['top1']:.2f} % on {whole['images']} images, {whole['macs'] / 1e9:.3f} GMACs")
     for draw in progress_bar(args.draws, "draws"):
         if args.part == "methods":
@@ -352,9 +291,10 @@ def main() -> None:
                 study.measure("+ bases and order (best)", draw, number, damping, args.shares)
             study.measure("best, refitted", draw, number, DAMPING, args.shares)
             study.measure("WPAC + compensation", draw, number, DAMPING, args.shares)
-    print(markdown(study.results))
-    picture(study.results, study.path.with_suffix(".png"), args.name.replace("_", " "))
-    print(json.dumps({"file": study.path.name, "rows": len(study.results["rows"]), "whole": whole}))
+    results.log()
+    print(markdown(results.content))
+    picture(results.content, results.path.with_suffix(".png"), args.name.replace("_", " "))
+    print(json.dumps({"file": results.path.name, "rows": len(results.rows("rows")), "whole": whole}))
 
 
 def picture(results: dict[str, Any], path: Path, title: str) -> None:
