@@ -9,13 +9,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from files import atomic_file
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 COLOURS = ("#999999", "#000000", ORANGE, "#E69F00", "#CC79A7", "#56B4E9", BLUE, "#882255", "#009E73", "#F0E442")
-MARKERS = "sxo^vDPh*d"
+MARKERS = "sXo^vDPh*d"
 
 
 def plot_frontier(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -35,9 +37,7 @@ def plot_frontier(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.legend(loc="lower right", frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)
+    _save(figure, path)
 
 
 def plot_contraction(rows: list[dict[str, Any]], whole: dict[str, Any], path: Path, title: str) -> None:
@@ -45,28 +45,76 @@ def plot_contraction(rows: list[dict[str, Any]], whole: dict[str, Any], path: Pa
 
     rows: method, share, macs, top1, kl, as benchmarks/study_contraction.py measures them; whole: macs and top1.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    figure, panels = _two_panels(whole, "MACs, % of the whole model's")
     for style, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         own = [row for row in rows if row["method"] == method]
-        points = {share: [row for row in own if row["share"] == share] for share in sorted({r["share"] for r in own})}
+        points = [[row for row in own if row["share"] == share] for share in sorted({row["share"] for row in own})]
+        macs = [100 * _mean(group, "macs") / whole["macs"] for group in points]
+        _draw_line(panels, macs, points, method, style)
+    panels[0].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.suptitle(f"{title}: every module cut, no training", fontsize=11)
+    _save(figure, path)
 
-        def mean(key: str, points: dict[float, list[dict[str, Any]]] = points) -> list[float]:
-            return [sum(row[key] for row in group) / len(group) for group in points.values()]
 
-        macs = [100 * value / whole["macs"] for value in mean("macs")]
-        for axes, key in zip(panels, ("top1", "kl"), strict=True):
-            line = {"color": COLOURS[style % len(COLOURS)], "marker": MARKERS[style % len(MARKERS)], "markersize": 4}
-            axes.plot(macs, mean(key), label=method, linewidth=1.2, **line)
+def plot_truncation(
+    lines: dict[str, list[list[dict[str, Any]]]],
+    shares: tuple[float, ...],
+    whole: dict[str, Any],
+    paper: dict[str, tuple[float, ...]],
+    path: Path,
+    title: str,
+) -> None:
+    """Top-1 (percent) and KL to the whole model against the share of dims kept, a line a setting, mean over the draws.
+
+    lines: label -> rows at each share, as benchmarks/study_truncation.py measures them; bars reach from the least to
+    the most of the draws.  paper: label -> top-1 at each share, drawn hollow.
+    """
+    figure, panels = _two_panels(whole, "dims kept, %")
+    x = [100 * share for share in shares]
+    for style, (label, points) in enumerate(lines.items()):
+        _draw_line(panels, x, points, label, style, spread=True)
+        if label in paper:
+            marker = {"color": COLOURS[style], "marker": MARKERS[style], "fillstyle": "none", "linestyle": "none"}
+            panels[0].plot(x, paper[label], **marker)
+    if paper:
+        hollow = {"color": "black", "marker": "o", "fillstyle": "none", "linestyle": "none"}
+        panels[0].plot([], [], label="hollow: the paper's, DeiT-B on ImageNet", **hollow)
+    for axes in panels:
+        axes.set_xticks(x)
+    panels[1].legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="lower left")
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def _two_panels(whole: dict[str, Any], xlabel: str) -> tuple[Figure, list[Axes]]:
+    """Top-1 on the left, with the whole model's; KL on the right."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     panels[0].axhline(whole["top1"], color="black", linewidth=0.8, linestyle=":", label="whole model")
-    panels[0].set(xlabel="MACs, % of the whole model's", ylabel="top-1 accuracy, %")
-    panels[1].set(
-        xlabel="MACs, % of the whole model's", ylabel="KL divergence from the whole model, nats", yscale="log"
-    )
+    panels[0].set(xlabel=xlabel, ylabel="top-1 accuracy, %")
+    panels[1].set(xlabel=xlabel, ylabel="KL divergence from the whole model, nats", yscale="log")
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize=8, loc="lower right")
-    figure.suptitle(f"{title}: every module cut, no training", fontsize=11)
+    return figure, panels
+
+
+def _draw_line(
+    panels: list[Axes], x: list[float], points: list[list[dict]], label: str, style: int, spread: bool = False
+) -> None:
+    """A line in both panels: rows at each x, their mean, and with `spread` a bar from the least to the most."""
+    look = {"color": COLOURS[style % len(COLOURS)], "marker": MARKERS[style % len(MARKERS)], "markersize": 4}
+    for axes, key in zip(panels, ("top1", "kl"), strict=True):
+        axes.plot(x, [_mean(rows, key) for rows in points], label=label, linewidth=1.2, **look)
+        if spread:
+            limits = [[bound([row[key] for row in rows]) for rows in points] for bound in (min, max)]
+            axes.vlines(x, *limits, color=look["color"], linewidth=1.2)
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def _save(figure: Figure, path: Path) -> None:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)

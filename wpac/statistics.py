@@ -64,14 +64,15 @@ class TokenMoments:
 class TokenCollector:
     """Streams the TokenMoments of an attention in float64.
 
-    theta is the importance of a token for one head: the mean over its d dims of |g * x| (first-order Taylor).
-    Nothing depends on how the tokens are cut into batches or spread over ranks.
+    theta is the importance of a token for one head: the mean over its d dims of |g * x| (first-order Taylor), of every
+    token; weighting, which benchmarks/study_truncation.py compares: "none" has 1 instead, "class" 0 for all but the
+    first.  Nothing depends on how the tokens are cut into batches or spread over ranks.
     """
 
-    def __init__(self, module: Module, device: torch.device, gradient: bool = False):
+    def __init__(self, module: Module, device: torch.device, gradient: bool = False, weighting: str = "all"):
         """gradient: also of the gradients at q."""
         H, d = module.heads, module.width
-        self.with_gradient = gradient
+        self.with_gradient, self.weighting = gradient, weighting
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -83,6 +84,10 @@ class TokenCollector:
     def update(self, x: Tensor, g: Tensor) -> None:
         """x, g: (B, N, 3, H, d)."""
         theta = (g * x).abs_().mean(-1, dtype=torch.float64)  # (B, N, 3, H)
+        if self.weighting == "none":
+            theta.fill_(1)
+        elif self.weighting == "class":
+            theta[:, 1:] = 0
         tokens = x.flatten(0, 1).permute(1, 2, 0, 3).to(torch.float64)  # (3, H, T, d)
         weighted = tokens * theta.flatten(0, 1).permute(1, 2, 0)[..., None]  # (3, H, T, d)
         self.second += weighted.mT @ tokens
@@ -124,15 +129,17 @@ def collect_statistics(
     *,
     squared: bool = False,
     outputs: bool = False,
+    weighting: str = "all",
 ) -> Statistics:
     """Runs the proxy batches (images (B, C, height, width), targets (B,)) once and reduces over the ranks.
 
     `cost` is C, whose gradient weighs the tokens: "logit", "ce" or "pred" (see models.taylor.COSTS).
-    squared: importance is the mean of (g * h)^2, not of |g * h|.  outputs: also what compensation needs.
+    squared: importance is the mean of (g * h)^2, not of |g * h|.  outputs: also what compensation needs.  weighting: of
+    the tokens, see TokenCollector.
     """
     device = next(model.parameters()).device
     modules = modules_of(model)
-    tokens = {key: TokenCollector(m, device, outputs) for key, m in modules.items() if m.kind == "attn"}
+    tokens = {key: TokenCollector(m, device, outputs, weighting) for key, m in modules.items() if m.kind == "attn"}
     units = {key: TaylorImportance(m, device, squared) for key, m in modules.items() if m.kind == "mlp"}
     last = {key: OutputCollector(module, device) for key, module in modules.items()} if outputs else {}
     collect(model, {**tokens, **units}, batches, cost, last)
