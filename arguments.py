@@ -10,6 +10,7 @@ from timm.utils import ParseKwargs
 
 from datasets import FOLDER_NAMES
 from models.macs import CONVENTIONS
+from piad.regimes import REGIMES
 from piad.selection import parse_amount
 
 # The paper's recipe, DeiT's where the paper says nothing. DeiT-B trains 150 epochs of PIAD: run_train.sh says so.
@@ -236,6 +237,13 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
         "--write-sub-networks", action="store_true", help="with --eval: also write each size as a folder op_<code>/"
     )
     add_dropout_ratio(group)
+    group.add_argument(
+        "--regime",
+        choices=REGIMES,
+        default="piad",
+        help="what a step trains: piad, or what it is compared with: the whole network, or one that lacks units or "
+        "modules drawn by chance, on average as many as with piad (default: %(default)s)",
+    )
     group.add_argument(
         "--progressive-epochs",
         type=positive,

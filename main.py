@@ -31,6 +31,7 @@ from models.folder import load_subnetwork, save_subnetwork
 from models.macs import count_params
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
+from piad.regimes import REGIMES
 from piad.selection import format_amount
 from piad.super_network import load_super_network
 from utils import (
@@ -83,7 +84,7 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
     piad = None
     if args.stage == "piad":
         table = MaskTable.from_json(state["mask_table"]) if state else None
-        piad = ProgressiveDropout(
+        piad = REGIMES[args.regime](
             model, proxy, ratio=args.dropout_ratio, epochs=args.progressive_epochs, seed=args.seed, table=table
         )
     scheduler, _ = create_scheduler_v2(
