@@ -86,6 +86,33 @@ def plot_truncation(
     _save(figure, path)
 
 
+def plot_regimes(
+    means: dict[tuple[str, str], dict[str, float]], paper: dict[str, tuple[float, ...]], path: Path, title: str
+) -> None:
+    """Top-1 (percent) of sub-networks by the regime that they were trained under, a panel for each kind of weights.
+
+    means: (regime, "contracted" or "original") -> size -> top-1.  paper: regime -> top-1 at the sizes 4:12 and 8:12,
+    drawn hollow.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    for axes, weights in zip(panels, ("contracted", "original"), strict=True):
+        for style, regime in enumerate(paper):
+            look = {"color": COLOURS[style], "marker": MARKERS[style], "markersize": 5}
+            if (regime, weights) in means:
+                axes.plot(*zip(*means[regime, weights].items(), strict=True), label=regime, linewidth=1.2, **look)
+            if weights == "contracted":
+                axes.plot(["4:12", "8:12"], paper[regime], fillstyle="none", linestyle="none", **look)
+        axes.set(xlabel="share of the MACs", title=f"{weights} weights")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel="top-1 accuracy, %")
+    hollow = {"color": "black", "marker": "o", "fillstyle": "none", "linestyle": "none"}
+    panels[1].plot([], [], label="hollow, left: the paper's, DeiT-S on ImageNet", **hollow)
+    panels[1].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.suptitle(f"{title}: the same steps under each regime, not fine-tuned", fontsize=11)
+    _save(figure, path)
+
+
 def _two_panels(whole: dict[str, Any], xlabel: str) -> tuple[Figure, list[Axes]]:
     """Top-1 on the left, with the whole model's; KL on the right."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")

@@ -6,8 +6,10 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -90,6 +92,12 @@ class CutStudy:
         expected, found = self.whole.double().log_softmax(1), logits.double().log_softmax(1)
         kl = (expected.exp() * (expected - found)).sum(1).mean().item()
         return {"top1": 100 * (logits.argmax(1) == targets).double().mean().item(), "kl": kl}
+
+
+def call(main: Callable[[], None], *arguments: object) -> None:
+    """Runs an entry point as its command line would."""
+    with mock.patch.object(sys, "argv", [sys.argv[0], *map(str, arguments)]):
+        main()
 
 
 @torch.no_grad()

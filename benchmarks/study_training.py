@@ -14,7 +14,6 @@ import argparse
 import json
 import shlex
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from timm.models.vision_transformer import VisionTransformer
 import main as program
 import reparam
 from arguments import positive
-from benchmarks.common import ROOT, describe_machine
+from benchmarks.common import describe_machine
+from benchmarks.study import RESULTS, call
 from datasets import eval_loader, open_images, preprocessing
 from engine import evaluate
 from files import load_checkpoint, write_text
@@ -54,11 +54,6 @@ RECIPE = shlex.split(
     "--stage piad --aa none --color-jitter 0 --hflip 0 --scale 0.7 1 --reprob 0 --mixup 0 --cutmix 0 --repeated-aug 0 "
     "--dropout-ratio 0.94 --lr 1.6e-2 --ema-decay 0.99"
 )
-
-
-def call(main: Any, *arguments: object) -> None:
-    with mock.patch.object(sys, "argv", ["study_training", *map(str, arguments)]):
-        main()
 
 
 def train(variant: str, seed: int, epochs: int, contracted: Path, output: Path) -> None:
@@ -114,7 +109,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="the demo's pre-trained weights")
     parser.add_argument("--epochs", type=positive, default=60, help="of each run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "training.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "training.json")
     args = parser.parse_args()
     known = json.loads(args.output.read_text())["runs"] if args.output.exists() else []
     for seed in args.seeds:
