@@ -82,6 +82,15 @@ def contract_by(
     return Contracted(model, table_without_training(model, dim_errors(model, statistics, damping), args))
 
 
+def rounded(model: VisionTransformer, batches: Batches, damping: float) -> Contracted:
+    """--method best, with mean and factor of every module as they would come back from float16."""
+    ready = PREPARE["best"](model, batches, damping)
+    for found in model.modules():
+        if isinstance(found, Compensation):
+            found.mean, found.lower = found.mean.half().double(), found.lower.half().double()
+    return ready
+
+
 def piad_table(model: VisionTransformer, batches: Batches) -> MaskTable:
     """The mask table that PIAD's list gives of a model that is not trained meanwhile, in four steps."""
     piad = ProgressiveDropout(make_elastic(copy.deepcopy(model)), batches, ratio=0.95, epochs=4, seed=0, table=None)
@@ -111,6 +120,7 @@ PREPARE: dict[str, Callable[[VisionTransformer, Batches, float], Contracted]] = 
     "centred": partial(contract_by, "wpac", "taylor", True, False),
     "compensated": partial(contract_by, "wpac", "taylor", False, True),
     "best": partial(contract_by, "fisher", "fisher", False, True),
+    "rounded": rounded,
 }
 
 
@@ -130,6 +140,7 @@ METHODS = {
     "WPAC + centring": Method("centred"),
     "WPAC + compensation": Method("compensated"),
     "+ bases and order (best)": Method("best"),
+    "best, stored in half precision": Method("rounded"),
     "best, refitted": Method("best", refitted=True),
     "best, PIAD's order, untrained": Method("best", widths="piad"),
     "best, allocation": Method("best", widths="allocation"),

@@ -187,7 +187,7 @@ def _attach(model: VisionTransformer, module: Module, found: Compensation | None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# compensation.safetensors: float32, triangles packed, beside the weights that it is for
+# compensation.safetensors: factors in float16, triangles packed, beside the weights that it is for
 
 
 def save_compensation(path: Path, model: VisionTransformer) -> int:
@@ -197,12 +197,17 @@ def save_compensation(path: Path, model: VisionTransformer) -> int:
         found = getattr(model.blocks[module.block], module.kind).compensation
         if found is not None:
             n = len(found.mean)
-            tensors |= {f"{key}.mean": found.mean, f"{key}.positions": found.positions}
-            tensors[f"{key}.lower"] = found.lower[tuple(torch.tril_indices(n, n))]
-    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+            tensors |= {f"{key}.mean": found.mean.float(), f"{key}.positions": found.positions.float()}
+            tensors[f"{key}.lower"] = found.lower.to(_stored_type(found.lower))[tuple(torch.tril_indices(n, n))]
     with atomic_file(path) as temporary:
-        save_file({name: v.float() if v.is_floating_point() else v for name, v in tensors.items()}, temporary)
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary)
     return path.stat().st_size
+
+
+def _stored_type(lower: Tensor) -> torch.dtype:
+    """float16, which is harmless (docs/RESULTS.md), but float32 where the factor does not lie well in its range."""
+    fits = lower.diagonal().min() > 1e-3 and lower.abs().max() < 6e4
+    return torch.float16 if fits else torch.float32
 
 
 def load_compensation(path: Path, model: VisionTransformer) -> None:
@@ -214,8 +219,9 @@ def load_compensation(path: Path, model: VisionTransformer) -> None:
         key, _, part = name.rpartition(".")
         n = modules[key].heads * modules[key].width if key in modules else 0
         length = {"mean": n, "lower": n * (n + 1) // 2, "positions": tokens_of(model)}.get(part, -1)
-        if n == 0 or value.shape != (length,) or value.dtype != torch.float32:
-            raise UserError(f"{path} is not a compensation of this model: {name} has shape {tuple(value.shape)}")
+        if n == 0 or value.shape != (length,) or value.dtype not in (torch.float16, torch.float32):
+            kind = f"shape {tuple(value.shape)} and type {value.dtype}"
+            raise UserError(f"{path} is not a compensation of this model: {name} has {kind}")
     if stamp is None or stamp.numel() != 1 or stamp.item() != checksum(model.parameters()):
         raise UserError(f"{path} was made for other weights; make it again with reparam.py, or give --no-compensate")
     for key, module in modules.items():
@@ -227,5 +233,5 @@ def load_compensation(path: Path, model: VisionTransformer) -> None:
             raise UserError(f"{path} is not whole: {missing[0]} is missing")
         mean = tensors[f"{key}.mean"]
         lower = mean.new_zeros(len(mean), len(mean))
-        lower[tuple(torch.tril_indices(*lower.shape))] = tensors[f"{key}.lower"]
+        lower[tuple(torch.tril_indices(*lower.shape))] = tensors[f"{key}.lower"].float()
         _attach(model, module, Compensation(mean, lower, tensors[f"{key}.positions"]))
