@@ -113,6 +113,29 @@ def plot_regimes(
     _save(figure, path)
 
 
+def plot_alternatives(rows: list[dict[str, Any]], ways: tuple[str, ...], path: Path, title: str) -> None:
+    """Top-1 (percent) against MACs, a line a way, mean over the seeds; rows: way, size, macs, top1.
+
+    What is fine-tuned has the colour of what it came from, and is filled.
+    """
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    kinds = list(dict.fromkeys(way.split(",")[0] for way in ways))
+    for way in ways:
+        own = [row for row in rows if row["way"] == way]
+        points = [[row for row in own if row["size"] == size] for size in dict.fromkeys(row["size"] for row in own)]
+        if points:
+            style = kinds.index(way.split(",")[0])
+            last = way == kinds[style] and any(other.startswith(f"{way},") for other in ways)
+            look = {"color": COLOURS[style + 4], "marker": MARKERS[style], "linestyle": "--" if last else "-"}
+            x, y = ([_mean(group, key) for group in points] for key in ("macs", "top1"))
+            axes.plot([macs / 1e6 for macs in x], y, label=way, fillstyle="none" if last else "full", **look)
+    axes.set(xlabel="million MACs for one image (linear layers)", ylabel="top-1 accuracy, %", title=title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
 def _two_panels(whole: dict[str, Any], xlabel: str) -> tuple[Figure, list[Axes]]:
     """Top-1 on the left, with the whole model's; KL on the right."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")

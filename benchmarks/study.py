@@ -100,6 +100,18 @@ def call(main: Callable[[], None], *arguments: object) -> None:
         main()
 
 
+def model_and_data_flags(args: argparse.Namespace) -> list[object]:
+    """The model and data flags that a study was given, for the entry points that it calls."""
+    flags = ["--model", args.model, "--model-kwargs", *(f"{key}={value}" for key, value in args.model_kwargs.items())]
+    flags += ["--data-set", args.data_set, *(["--data-path", args.data_path] if args.data_path else [])]
+    flags += ["--device", args.device, "--batch-size", args.batch_size, "--workers", args.workers]
+    flags += ["--proxy-samples", args.proxy_samples]
+    for name, value in data_overrides(args).items():
+        if value is not None:
+            flags += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
+    return flags
+
+
 @torch.no_grad()
 def silence(model: VisionTransformer, qk: float = 1.0, v: float = 1.0) -> VisionTransformer:
     """Sets to zero, in place, all but the first share of the dims of q and k, and of v: as if they were cut."""

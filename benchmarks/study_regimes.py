@@ -28,7 +28,7 @@ import main as program
 import reparam
 from arguments import data_overrides, positive, share
 from benchmarks.common import describe_machine
-from benchmarks.study import Results, add_study_arguments, call
+from benchmarks.study import Results, add_study_arguments, call, model_and_data_flags
 from datasets import eval_loader, open_splits, preprocessing
 from engine import evaluate
 from files import load_checkpoint
@@ -125,13 +125,7 @@ class Study:
         self.base = load_backbone(
             args.model, args.model_kwargs, num_classes=images.num_classes, checkpoint=args.checkpoint
         )
-        self.common = ["--model", args.model, "--model-kwargs", *(f"{k}={v}" for k, v in args.model_kwargs.items())]
-        self.common += ["--data-set", args.data_set, "--data-path", args.data_path, "--device", args.device]
-        self.common += ["--batch-size", args.batch_size, "--workers", args.workers]
-        self.common += ["--proxy-samples", args.proxy_samples]
-        for name, value in data_overrides(args).items():
-            values = value if isinstance(value, list) else [value]
-            self.common += [f"--{name.replace('_', '-')}", *values] if value is not None else []
+        self.common = model_and_data_flags(args)
 
     def measure(self, row: Row, seed: int) -> None:
         args = self.args
