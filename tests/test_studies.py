@@ -1,0 +1,117 @@
+"""What the studies in benchmarks/ do themselves: results that are resumed, cuts by zeros, sizes of the alternatives."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import PLAIN, SHAPE, random_backbone, random_data, relative
+
+from benchmarks import study_alternatives, study_regimes
+from benchmarks.study import Results, call, silence
+from benchmarks.study_regimes import CHOICES
+from models.backbone import full_widths, modules_of
+from models.elastic import make_elastic
+from models.extraction import extract
+from models.macs import count_macs
+from piad import importance
+from piad.dropout_list import unit_sizes
+from piad.progressive import ProgressiveDropout
+
+
+def test_results_are_kept_row_by_row_and_found_again(tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = tmp_path / "study.json"
+    results = Results(path, machine="here")
+    results.add("rows", {"method": "a", "draw": 0, "top1": 1.0})
+    results.log()
+    again = Results(path, machine="there")
+    assert again.rows("rows", method="a", draw=0) == [{"method": "a", "draw": 0, "top1": 1.0}]
+    assert again.rows("rows", method="a", draw=1) == again.rows("others") == []
+    line = json.loads(path.with_suffix(".log").read_text())
+    assert (line["rows"], line["machine"]) == (1, "here")
+    assert "a  0  1.0" in capsys.readouterr().out
+
+
+def test_a_log_names_no_folder_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["/home/me/study.py", "--data-path", "/data/mine/cifar10"])
+    Results(tmp_path / "study.json").log()
+    assert json.loads((tmp_path / "study.log").read_text())["run"] == "study.py --data-path cifar10"
+
+
+def test_calling_an_entry_point_gives_it_its_words():
+    seen = []
+    call(lambda: seen.extend(sys.argv[1:]), "--epochs", 3)
+    assert seen == ["--epochs", "3"]
+
+
+@pytest.mark.parametrize("variant", ["plain", "no_qkv_bias"])
+def test_silenced_dims_give_what_a_cut_network_gives(variant: str):
+    model, (images, _) = random_backbone(variant), random_data(2)
+    widths = {key: width // 2 if key.endswith("attn") else width for key, width in full_widths(model).items()}
+    assert relative(silence(random_backbone(variant), qk=0.5, v=0.5)(images), extract(model, widths)(images)) < 1e-10
+    assert relative(silence(random_backbone(variant))(images), model(images)) == 0
+
+
+def grown(model: torch.nn.Module) -> ProgressiveDropout:
+    piad = ProgressiveDropout(make_elastic(model), [random_data(16)], ratio=0.5, epochs=1, seed=0, table=None)
+    piad.begin_epoch(0)
+    return piad
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_choices_inside_piad_last_as_long_as_they_are_asked_for(choice: str):
+    before, data = grown(random_backbone(patch_size=16)).table, random_data(16)
+    with CHOICES[choice]() as flags:
+        table = grown(random_backbone(patch_size=16)).table
+        if choice == "all at once":
+            assert flags == ["--progressive-epochs", "1"]
+        elif choice == "without gamma":
+            dims = importance.importance_of_dims(random_backbone(patch_size=16), [data])
+            assert all(alpha.sum() == pytest.approx(1) for alpha in dims.values())
+        elif choice == "sensitivity by accuracy":
+            model = random_backbone(patch_size=16)
+            found = importance.module_sensitivity(model, [data])
+            wrong = [(m(data[0]).argmax(1) != data[1]).double().mean().item()
+                     for m in (model, extract(model, full_widths(model) | {"0.mlp": 0}))]  # fmt: skip
+            assert found.cost == pytest.approx(wrong[0])
+            assert found.gamma["0.mlp"] == pytest.approx(max(0, wrong[1] - wrong[0]) / wrong[0])
+        elif choice:
+            attn, mlp = (int(word) for word in choice.split() if word.isdigit())
+            sizes = unit_sizes(modules_of(random_backbone(patch_size=16)))
+            assert (sizes["0.attn"], sizes["0.mlp"]) == (16 // attn, 192 // mlp)
+    assert (table.rows == before.rows) == (choice in ("", "all at once"))
+    assert grown(random_backbone(patch_size=16)).table.rows == before.rows
+
+
+def test_a_narrower_model_is_the_widest_within_the_macs():
+    base = random_backbone()
+    args = type("Args", (), {"model": PLAIN, "model_kwargs": SHAPE})
+    model = study_alternatives.narrower(base, args, 0.5)
+    assert count_macs(model) <= 0.5 * count_macs(base)
+    wider = study_alternatives.create_backbone(PLAIN, **SHAPE | {"embed_dim": model.embed_dim + 3})
+    assert count_macs(wider) > 0.5 * count_macs(base)
+    assert (len(model.blocks), model.blocks[0].attn.num_heads) == (2, 3)
+
+
+def test_torch_pruning_gives_a_plain_model_within_the_macs():
+    pytest.importorskip("torch_pruning")
+    base, data = random_backbone(dtype=torch.float32), random_data(8, dtype=torch.float32)
+    model = study_alternatives.prune(base, [data], 0.5 * count_macs(base))
+    assert 0.4 * count_macs(base) < count_macs(model) <= 0.5 * count_macs(base)
+    assert model(data[0]).shape == (8, 7)
+    assert sum(p.numel() for p in model.parameters()) < 0.6 * sum(p.numel() for p in base.parameters())
+
+
+def test_tables_of_studies_have_a_cell_for_each_size():
+    rows = [{"regime": "piad", "weights": "contracted", "choice": "", "seed": seed, "epochs": 2,
+             "top1": dict.fromkeys(study_regimes.SHARES, 50.0 + seed)} for seed in (0, 1)]  # fmt: skip
+    text = study_regimes.markdown({"rows": rows})
+    assert "| piad | contracted | 2 | 2 | 50.5 (50.0 to 51.0) |" in text
+    sizes = [{"way": "alone", "size": size, "seed": 0, "epochs": 9, "top1": 40.0, "once": 0, "each": 90}
+             for size in study_alternatives.SHARES]  # fmt: skip
+    assert "| alone | 1 | 9 | 40.0 | 40.0 | 40.0 | 1,080 |" in study_alternatives.markdown({"rows": sizes})
+    assert np.isclose(sum(study_alternatives.SHARES.values()), 1.5)
