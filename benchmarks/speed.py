@@ -2,7 +2,7 @@
 
 Run from the repository root:  python -m benchmarks.speed            (about ten minutes on two cores)
 A quick look, in seconds:      python -m benchmarks.speed --only step --repeats 1 --warmup 1 --batch-size 2
-The proxy set of the paper:    python -m benchmarks.speed --only statistics --images 1024
+The proxy set of the paper:    python -m benchmarks.speed --only statistics sizes --images 1024
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.common import Row, describe_machine, make_parser, positive, prepare, report
-from benchmarks.compensation import measure_compensation
+from benchmarks.compensation import measure_compensation, measure_sizes
 from benchmarks.inference import measure_extraction, measure_forward, measure_start
 from benchmarks.training import measure_half_step, measure_statistics, measure_step
 from utils import run_program
@@ -25,6 +25,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, torch.device], list[Row]]] = {
     "forward": measure_forward,
     "extraction": measure_extraction,
     "compensation": measure_compensation,
+    "sizes": measure_sizes,
     "start": measure_start,
 }
 
