@@ -15,7 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from arguments import add_common_arguments, data_overrides, positive
+from arguments import add_common_arguments, data_overrides, positive, share
 from benchmarks.common import ROOT, describe_machine
 from datasets import eval_loader, open_splits, preprocessing, proxy_set
 from files import write_text
@@ -137,3 +137,13 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     group.add_argument("--threads", type=positive, metavar="N", help="of the CPU (default: PyTorch's)")
     parser.set_defaults(output_dir=RESULTS, workers=2)
     return group
+
+
+def parse_training_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """A training study's own arguments, and what follows a lone `--`, which is for main.py."""
+    group = add_study_arguments(parser)
+    group.add_argument("--epochs", type=positive, required=True, metavar="N", help="of training: the budget")
+    group.add_argument("--dropout-ratio", type=share, default=0.875, metavar="R", help="as main.py's")
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    return parser.parse_args(words[:cut]), words[cut + 1 :]

@@ -16,7 +16,6 @@ import argparse
 import copy
 import json
 import statistics
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -27,9 +26,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 import main as program
 import reparam
-from arguments import data_overrides, decimal, positive, share
+from arguments import data_overrides, decimal
 from benchmarks.common import describe_machine
-from benchmarks.study import Results, add_study_arguments, call, model_and_data_flags
+from benchmarks.study import Results, call, model_and_data_flags, parse_training_arguments
 from datasets import eval_loader, open_splits, preprocessing, proxy_set
 from engine import evaluate
 from files import load_checkpoint
@@ -234,13 +233,8 @@ def _cell(values: list[float]) -> str:
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = add_study_arguments(parser)
-    group.add_argument("--epochs", type=positive, required=True, metavar="N", help="the budget")
-    group.add_argument("--lr", type=decimal, required=True, metavar="X", help="of training; a tenth for fine-tuning")
-    group.add_argument("--dropout-ratio", type=share, default=0.875, metavar="R", help="as main.py's")
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
-    return parser.parse_args(words[:cut]), words[cut + 1 :]
+    parser.add_argument("--lr", type=decimal, required=True, metavar="X", help="of training; a tenth for fine-tuning")
+    return parse_training_arguments(parser)
 
 
 def main() -> None:

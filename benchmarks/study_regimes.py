@@ -15,7 +15,6 @@ import contextlib
 import functools
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,9 +25,9 @@ from unittest import mock
 
 import main as program
 import reparam
-from arguments import data_overrides, positive, share
+from arguments import data_overrides
 from benchmarks.common import describe_machine
-from benchmarks.study import Results, add_study_arguments, call, model_and_data_flags
+from benchmarks.study import Results, call, model_and_data_flags, parse_training_arguments
 from datasets import eval_loader, open_splits, preprocessing
 from engine import evaluate
 from files import load_checkpoint
@@ -198,12 +197,7 @@ def _cell(values: list[float]) -> str:
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = add_study_arguments(parser)
-    group.add_argument("--epochs", type=positive, required=True, metavar="N", help="of each row")
-    group.add_argument("--dropout-ratio", type=share, default=0.875, metavar="R", help="as main.py's")
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
-    return parser.parse_args(words[:cut]), words[cut + 1 :]
+    return parse_training_arguments(parser)
 
 
 def main() -> None:
