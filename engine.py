@@ -37,6 +37,18 @@ from utils import (
 )
 
 
+class BothHeads(nn.Module):
+    """The mean of a loss over the heads of a distilled DeiT; without a teacher both learn the same targets."""
+
+    def __init__(self, loss_fn: nn.Module):
+        super().__init__()
+        self.loss_fn = loss_fn
+
+    def forward(self, outputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        """outputs: logits (B, classes) of each head."""
+        return sum(self.loss_fn(logits, targets) for logits in outputs) / len(outputs)
+
+
 @dataclass
 class Training:
     """What a training run holds. model: as it is called, DDP or not; amp: dtype of autocast, None = off."""

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader
 
 from engine import evaluate
 from files import write_text
+from models.backbone import Backbone
 from models.extraction import extract
 from models.macs import count_macs, count_params
 from piad.mask_table import MaskTable
@@ -23,7 +23,7 @@ from piad.selection import evenly_spaced, format_amount, largest_within
 from utils import UserError, is_main_process, progress_bar, say
 
 
-def chosen_op_codes(args: argparse.Namespace, model: VisionTransformer, table: MaskTable) -> list[int]:
+def chosen_op_codes(args: argparse.Namespace, model: Backbone, table: MaskTable) -> list[int]:
     """The op codes that the size flags ask for, in their order; none given: the whole network and the smallest."""
     codes = []
     for code in args.op_code:
@@ -41,7 +41,7 @@ def chosen_op_codes(args: argparse.Namespace, model: VisionTransformer, table: M
     return list(dict.fromkeys(codes)) or [0, len(table) - 1]
 
 
-def describe(model: VisionTransformer) -> dict[str, int]:
+def describe(model: Backbone) -> dict[str, int]:
     """The size of a model as it stands: macs_linear and macs_full for one image, params."""
     return {
         "macs_linear": count_macs(model),
@@ -51,16 +51,16 @@ def describe(model: VisionTransformer) -> dict[str, int]:
 
 
 def evaluate_sizes(
-    model: VisionTransformer,
+    model: Backbone,
     table: MaskTable,
     op_codes: list[int],
     batches: DataLoader,
     device: torch.device,
     *,
     amp: torch.dtype | None = None,
-    baseline: VisionTransformer | None = None,
-    cut: Callable[[VisionTransformer, dict[str, int]], VisionTransformer] = extract,
-    then: Callable[[VisionTransformer, dict[str, Any]], None] | None = None,
+    baseline: Backbone | None = None,
+    cut: Callable[[Backbone, dict[str, int]], Backbone] = extract,
+    then: Callable[[Backbone, dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each op code: its size, counted on the extracted model, and its accuracy on the batches.
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -22,12 +21,13 @@ from torch.utils.data import DataLoader
 import frontier
 from arguments import data_overrides, parse_main_arguments
 from datasets import TrainLoader, eval_loader, open_images, open_splits, preprocessing, proxy_set
-from engine import Progress, Run, Training, evaluate
+from engine import BothHeads, Progress, Run, Training, evaluate
 from files import CheckpointFolder, RunLog, check_output_dir
-from models.backbone import fit_head, full_widths, load_backbone
+from models.backbone import Backbone, full_widths
 from models.elastic import make_elastic, set_widths
 from models.extraction import extract
 from models.folder import load_subnetwork, save_subnetwork
+from models.loading import fit_head, load_backbone
 from models.macs import count_params
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
@@ -123,9 +123,9 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
 class Start:
     """The model that a stage trains, on the CPU; for finetune also the whole one it was cut from, and how."""
 
-    model: VisionTransformer
+    model: Backbone
     op_code: int = 0
-    whole: VisionTransformer | None = None
+    whole: Backbone | None = None
     grade: str = "cut"
 
 
@@ -149,7 +149,7 @@ def start_model(args: argparse.Namespace, num_classes: int) -> Start:
     return Start(make_elastic(model) if args.stage == "piad" else model)
 
 
-def compensated(args: argparse.Namespace, model: VisionTransformer) -> str:
+def compensated(args: argparse.Namespace, model: Backbone) -> str:
     """Gives the super-network its compensation, if there is one and --no-compensate does not say otherwise.
 
     Returns the grade of what is cut from it: "cut" or "compensated".
@@ -163,9 +163,7 @@ def compensated(args: argparse.Namespace, model: VisionTransformer) -> str:
     return "compensated"
 
 
-def start_training(
-    args: argparse.Namespace, model: VisionTransformer, num_classes: int, device: torch.device
-) -> Training:
+def start_training(args: argparse.Namespace, model: Backbone, num_classes: int, device: torch.device) -> Training:
     """Optimizer, loss, Mixup, averaged weights and scaler, as the flags say."""
     _, processes = world()
     lr = args.lr * args.batch_size * processes / 512
@@ -182,6 +180,9 @@ def start_training(
             )
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
         loss_fn = SoftTargetCrossEntropy()
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)
+        loss_fn = BothHeads(loss_fn)
     return Training(
         model,
         optimizer,
@@ -242,7 +243,7 @@ def accuracy_of(results: dict[str, float]) -> dict[str, float]:
     return {key: results[key] for key in ("top1", "top5", "loss")}
 
 
-def finish_finetune(args: argparse.Namespace, model: VisionTransformer, config: dict, facts: dict[str, Any]) -> None:
+def finish_finetune(args: argparse.Namespace, model: Backbone, config: dict, facts: dict[str, Any]) -> None:
     """Writes the trained sub-network as a folder."""
     if not is_main_process():
         return
@@ -304,9 +305,7 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
     frontier.write_report(rows, args.output_dir, {"title": title, **facts})
 
 
-def refitted(
-    model: VisionTransformer, widths: dict[str, int], images: list[torch.Tensor], device: torch.device
-) -> VisionTransformer:
+def refitted(model: Backbone, widths: dict[str, int], images: list[torch.Tensor], device: torch.device) -> Backbone:
     """The sub-network at `widths`, its linear layers solved anew on the images."""
     small = extract(model, widths).to(device)
     refit(model, small, images)
@@ -314,7 +313,7 @@ def refitted(
 
 
 def write_sub_network(
-    args: argparse.Namespace, config: dict, facts: dict[str, Any], model: VisionTransformer, row: dict[str, Any]
+    args: argparse.Namespace, config: dict, facts: dict[str, Any], model: Backbone, row: dict[str, Any]
 ) -> None:
     """Writes an evaluated sub-network as the folder op_<code>/."""
     if is_main_process():

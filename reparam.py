@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader
 
 from arguments import add_common_arguments, add_dropout_ratio, data_overrides, decimal
 from datasets import eval_loader, open_splits, preprocessing, proxy_set
 from engine import evaluate
 from files import atomic_file, check_output_dir, write_text
-from models.backbone import fit_head, full_widths, load_backbone, modules_of
+from models.backbone import Backbone, full_widths, modules_of
 from models.extraction import extract
-from models.macs import count_macs, macs_per_dim, tokens_of
+from models.loading import fit_head, load_backbone
+from models.macs import count_macs, fixed_macs, macs_per_dim
 from models.taylor import COSTS
 from piad.dropout_list import grow, unit_sizes
 from piad.mask_table import MaskTable
@@ -146,7 +146,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 @torch.inference_mode()
-def logits_of(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+def logits_of(model: Backbone, images: torch.Tensor) -> torch.Tensor:
     return model(images).double()
 
 
@@ -154,7 +154,7 @@ def shares_of(spectra: dict[str, torch.Tensor]) -> dict[str, dict[str, list[floa
     """Share of weighted variance (attention: qk, v) or of importance (MLP) in the first 1/4, 1/2, 3/4 dims."""
     shares = {}
     for key, spectrum in spectra.items():
-        names = ("qk", "v") if key.endswith(".attn") else ("hidden",)
+        names = (("qk", "v") if len(spectrum) == 2 else ("v",)) if key.endswith(".attn") else ("hidden",)
         totals = spectrum.view(len(names), -1).cumsum(1)
         columns = [int(share * totals.shape[1]) - 1 for share in SHARES]
         shares[key] = {name: row[columns].tolist() for name, row in zip(names, totals, strict=True)}
@@ -171,7 +171,7 @@ def report(facts: dict) -> None:
         say(f"  {key:>8}  " + "   ".join(f"{name} " + " ".join(f"{v:.3f}" for v in row) for name, row in parts.items()))
 
 
-def truncated_top1(model: VisionTransformer, batches: DataLoader, device: torch.device) -> dict[str, float]:
+def truncated_top1(model: Backbone, batches: DataLoader, device: torch.device) -> dict[str, float]:
     """Top-1 of the contracted model, percent: whole, and with 3/4, 1/2, 1/4 of its attention dims."""
     results = {"after": evaluate(model, batches, device)["top1"]}
     for share in reversed(SHARES):
@@ -181,17 +181,16 @@ def truncated_top1(model: VisionTransformer, batches: DataLoader, device: torch.
     return results
 
 
-def table_without_training(
-    model: VisionTransformer, errors: dict[str, np.ndarray], args: argparse.Namespace
-) -> MaskTable:
+def table_without_training(model: Backbone, errors: dict[str, np.ndarray], args: argparse.Namespace) -> MaskTable:
     """The mask table that drops units by the loss of their dims for each MAC, all at once."""
     modules = modules_of(model)
-    macs = {key: macs_per_dim(module, tokens_of(model)) for key, module in modules.items()}
+    macs = {key: macs_per_dim(module) for key, module in modules.items()}
+    fixed = {key: fixed_macs(module) for key, module in modules.items()}
     whole = MaskTable([full_widths(model)], {"model": args.model, "made_by": "reparam.py --mask-table"})
-    return grow(whole, errors, unit_sizes(modules), macs, args.dropout_ratio * count_macs(model))
+    return grow(whole, errors, unit_sizes(modules), macs, args.dropout_ratio * count_macs(model), fixed)
 
 
-def save(model: VisionTransformer, facts: dict, table: MaskTable | None, folder: Path) -> None:
+def save(model: Backbone, facts: dict, table: MaskTable | None, folder: Path) -> None:
     if not is_main_process():
         return
     weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}

@@ -40,8 +40,9 @@ from benchmarks.common import (
     report,
     timing_numbers,
 )
-from models.backbone import BypassBlock, full_widths
+from models.backbone import full_widths
 from models.elastic import make_elastic, set_widths
+from models.parts import BypassBlock
 from utils import run_program
 
 

@@ -19,7 +19,8 @@ from arguments import add_common_arguments, data_overrides, positive, share
 from benchmarks.common import ROOT, describe_machine
 from datasets import eval_loader, open_splits, preprocessing, proxy_set
 from files import write_text
-from models.backbone import load_backbone, modules_of
+from models.backbone import modules_of
+from models.loading import load_backbone
 from models.macs import count_macs
 
 RESULTS = ROOT / "docs" / "results"

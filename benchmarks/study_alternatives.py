@@ -32,8 +32,9 @@ from benchmarks.study import Results, call, model_and_data_flags, parse_training
 from datasets import eval_loader, open_splits, preprocessing, proxy_set
 from engine import evaluate
 from files import load_checkpoint
-from models.backbone import create_backbone, load_backbone
+from models.backbone import create_backbone
 from models.extraction import extract
+from models.loading import load_backbone
 from models.macs import count_macs
 from models.taylor import COSTS
 from piad.mask_table import MaskTable

@@ -31,8 +31,9 @@ from benchmarks.study import Results, call, model_and_data_flags, parse_training
 from datasets import eval_loader, open_splits, preprocessing
 from engine import evaluate
 from files import load_checkpoint
-from models.backbone import load_backbone, modules_of
+from models.backbone import modules_of
 from models.extraction import extract
+from models.loading import load_backbone
 from models.macs import count_macs
 from piad import dropout_list, importance
 from piad.mask_table import MaskTable

@@ -30,9 +30,9 @@ from benchmarks.study import RESULTS, call
 from datasets import eval_loader, open_images, preprocessing
 from engine import evaluate
 from files import load_checkpoint, write_text
-from models.backbone import load_backbone
 from models.elastic import make_elastic
 from models.extraction import extract
+from models.loading import load_backbone
 from models.macs import count_macs
 from piad.mask_table import MaskTable
 from piad.selection import largest_within

@@ -1,9 +1,10 @@
-"""timm's vision transformers as super-networks: run at any widths, cut, counted, saved."""
+"""timm's transformers as super-networks: run at any widths, cut, counted, saved."""
 
-from .backbone import create_backbone, load_backbone
+from .backbone import create_backbone
 from .elastic import make_elastic, set_widths
 from .extraction import extract
 from .folder import load_subnetwork, save_subnetwork
+from .loading import load_backbone
 from .macs import count_macs, count_params
 
 __all__ = [

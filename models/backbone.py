@@ -1,19 +1,22 @@
-"""timm's vision transformers: making one, checking that it is of a kind we know, and naming its modules."""
+"""timm's transformers: which are supported, making one, and naming its modules."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
-from timm.layers import Attention, Mlp
+from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
+from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from timm.models.swin_transformer_v2 import WindowAttention as CosineWindowAttention
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
-from files import load_checkpoint, weights_of
-from utils import UserError, first_line, say
+from utils import UserError, first_line
 
 # The authors' names for the DeiT models.
 ALIASES = {
@@ -22,8 +25,42 @@ ALIASES = {
     "vit_base": "deit_base_patch16_224",
 }
 
-# The children of a block that make up each branch.
-BRANCHES = {"attn": ("norm1", "attn", "ls1", "drop_path1"), "mlp": ("norm2", "mlp", "ls2", "drop_path2")}
+Backbone = VisionTransformer | Eva | SwinTransformer | SwinTransformerV2
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of timm model: its classes and where timm defines them.
+
+    attn: the children of a block that make up its attention branch; mlp: likewise.
+    """
+
+    names: str
+    files: tuple[str, ...]
+    model: type[nn.Module]
+    block: type[nn.Module]
+    attention: type[nn.Module]
+    attn: tuple[str, ...] = ("norm1", "attn", "drop_path1")
+    mlp: tuple[str, ...] = ("norm2", "mlp", "drop_path2")
+
+
+# What is supported. Blocks stand in model.blocks, or, of Swin, in model.layers[stage].blocks.
+FAMILIES = (
+    Family(
+        *("vit_*, deit_*, deit3_*", ("vision_transformer", "deit"), VisionTransformer, Block, Attention),
+        *(("norm1", "attn", "ls1", "drop_path1"), ("norm2", "mlp", "ls2", "drop_path2")),
+    ),
+    Family(
+        *("vit_*_rope_*, eva02_*", ("eva",), Eva, EvaBlock, (AttentionRope, EvaAttention)),
+        *(("norm1", "attn", "gamma_1", "drop_path1"), ("norm2", "mlp", "gamma_2", "drop_path2")),
+    ),
+    Family("swin_*", ("swin_transformer",), SwinTransformer, SwinTransformerBlock, WindowAttention),
+    Family(
+        *("swinv2_*", ("swin_transformer_v2",), SwinTransformerV2, SwinTransformerV2Block, CosineWindowAttention),
+    ),
+)
+MLPS = (Mlp, GluMlp, SwiGLU)
+SUPPORTED = "; ".join(family.names for family in FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -31,7 +68,11 @@ class Module:
     """One branch of one block, as it stands in a model.
 
     width: dims per head (attn) or hidden units (mlp); 0 where the branch is bypassed.
-    heads: 1 for an MLP.  dim: D, the embedding dimension.
+    heads: 1 for an MLP.  dim: D, the dimension of the stream at the block.
+    tokens: N that its layers run on.  keys: the tokens that a query sees, N or those of its window.
+    parts: of an attention 3, or 1 where v alone is cut: norms of q and k, rotary embeddings and cosines do not let q
+    and k be rotated.  Of an MLP the rows of its first layer for each unit: 2 where it is gated.
+    head_dim: of q and k, where they are not cut.
     """
 
     key: str
@@ -40,71 +81,166 @@ class Module:
     width: int
     heads: int
     dim: int
+    tokens: int = 1
+    keys: int = 1
+    parts: int = 1
+    head_dim: int = 0
 
 
-def create_backbone(name: str, *, pretrained: bool = False, **model_kwargs: Any) -> VisionTransformer:
-    """timm.create_model for the vision transformers that this project supports.
+def family_of(model: nn.Module) -> Family:
+    """Raises UserError for a model of no family."""
+    for family in FAMILIES:
+        if isinstance(model, family.model):
+            return family
+    raise UserError(f"a {type(model).__name__} is not supported; these are: {SUPPORTED}")
 
-    Raises UserError for an unknown name (with near ones), bad arguments, or a model that is not a plain ViT.
+
+def family_named(name: str) -> Family | None:
+    """By timm's name of a model."""
+    name = ALIASES.get(name, name)
+    return next((family for family in FAMILIES if timm.models.is_model_in_modules(name, family.files)), None)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks, in running order."""
+    if isinstance(model, SwinTransformer | SwinTransformerV2):
+        return [block for stage in model.layers for block in stage.blocks]
+    return list(model.blocks)
+
+
+def create_backbone(name: str, *, pretrained: bool = False, **model_kwargs: Any) -> Backbone:
+    """timm.create_model for the transformers that this project supports.
+
+    Raises UserError for an unknown name (with near ones), bad arguments, or a model of another kind.
     """
     name = ALIASES.get(name, name)
     if not timm.is_model(name):
-        known = [*ALIASES, *timm.list_models(module="vision_transformer"), *timm.list_models(module="deit")]
+        files = [file for family in FAMILIES for file in family.files]
+        known = [*ALIASES, *(model for file in files for model in timm.list_models(module=file))]
         near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4)) or "deit_tiny_patch16_224"
         raise UserError(f"unknown model {name!r}; near names: {near}")
     try:
         model = timm.create_model(name, pretrained=pretrained, **model_kwargs)
     except Exception as error:  # timm asserts, raises TypeError for unknown arguments, and hub errors of many types
         raise UserError(f"timm could not make {name} with {model_kwargs}: {first_line(error)}") from error
-    check_plain(model, name)
+    check_supported(model, name)
     return model
 
 
-def check_plain(model: nn.Module, name: str) -> None:
-    """Raises UserError unless every block is timm's pre-norm Block of a plain Attention and a plain Mlp."""
+def check_supported(model: nn.Module, name: str) -> None:
+    """Raises UserError, with the reason, unless the model is of a family and its blocks are of that family's kind."""
+    family = next((family for family in FAMILIES if isinstance(model, family.model)), None)
     reason = None
-    if not isinstance(model, VisionTransformer):
+    if family is None:
         reason = f"it is a {type(model).__name__}"
-    elif model.attn_pool is not None:
+    elif getattr(model, "attn_pool", None) is not None:
         reason = "it pools with attention"
     else:
-        for index, block in enumerate(model.blocks):
-            reason = reason or _unsupported(block, index)
+        for index, block in enumerate(blocks_of(model)):
+            reason = reason or _unsupported(family, block, index)
     if reason:
-        raise UserError(f"{name} is not a plain vision transformer ({reason}); use a deit_*, deit3_* or vit_* model")
+        raise UserError(f"{name} is not supported ({reason}); these are: {SUPPORTED}")
 
 
-def _unsupported(block: nn.Module, index: int) -> str | None:
-    if type(block) is not Block:
+def _unsupported(family: Family, block: nn.Module, index: int) -> str | None:
+    if type(block) is not family.block:
         return f"block {index} is a {type(block).__name__}"
-    if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
-        return f"block {index} has a {type(block.attn).__name__} of another kind"
-    if not all(isinstance(norm, nn.Identity) for norm in (block.attn.q_norm, block.attn.k_norm, block.attn.norm)):
-        return f"block {index} has a norm inside its attention"
-    if type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity):
-        return f"block {index} has a {type(block.mlp).__name__} of another kind"
+    attn, mlp = block.attn, block.mlp
+    kinds = family.attention if isinstance(family.attention, tuple) else (family.attention,)
+    if type(attn) not in kinds or getattr(attn, "gate", None) is not None:
+        return f"block {index} has a {type(attn).__name__} of another kind"
+    if getattr(attn, "num_kv_groups", 1) != 1:
+        return f"block {index} has fewer keys than queries"
+    if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
+        return f"block {index} has a norm on the outputs of its attention"
+    if type(mlp) not in MLPS or not isinstance(mlp.norm, nn.Identity) or not isinstance(mlp.fc2, nn.Linear):
+        return f"block {index} has a {type(mlp).__name__} of another kind"
     return None
 
 
-def modules_of(model: VisionTransformer) -> dict[str, Module]:
+def modules_of(model: nn.Module) -> dict[str, Module]:
     """The modules of a backbone, or of a sub-network cut from one, in running order; keys "0.attn", "0.mlp", ..."""
     found = {}
-    for index, block in enumerate(model.blocks):
-        attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
-        heads = attn.num_heads if attn is not None else 0
-        width = attn.head_dim if attn is not None else 0
-        found[f"{index}.attn"] = Module(f"{index}.attn", index, "attn", width, heads, model.embed_dim)
-        hidden = mlp.fc1.out_features if mlp is not None else 0
-        found[f"{index}.mlp"] = Module(f"{index}.mlp", index, "mlp", hidden, 1, model.embed_dim)
+    for index, (block, tokens, padded, keys) in enumerate(_blocks_and_tokens(model)):
+        dim = getattr(block, "dim", None) or model.embed_dim
+        key, attn, mlp = f"{index}.attn", getattr(block, "attn", None), getattr(block, "mlp", None)
+        if attn is None:
+            found[key] = Module(key, index, "attn", 0, 0, dim, padded, keys)
+        else:
+            width, parts, head_dim = attention_width(attn)
+            found[key] = Module(key, index, "attn", width, attn.num_heads, dim, padded, keys, parts, head_dim)
+        key = f"{index}.mlp"
+        hidden = mlp.fc2.in_features if mlp is not None else 0
+        rows = sum(layer.out_features for layer in first_layers(mlp).values()) // hidden if hidden else 1
+        found[key] = Module(key, index, "mlp", hidden, 1, dim, tokens, parts=rows)
     return found
 
 
-def full_widths(model: VisionTransformer) -> dict[str, int]:
+def _blocks_and_tokens(model: nn.Module) -> Iterator[tuple[nn.Module, int, int, int]]:
+    """(block, N of its MLP, N of its attention, keys of a query): windows pad what does not divide into them."""
+    if not isinstance(model, SwinTransformer | SwinTransformerV2):
+        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+        yield from ((block, tokens, tokens, tokens) for block in model.blocks)
+        return
+    for block in blocks_of(model):
+        sides = list(zip(block.input_resolution, block.window_size, strict=True))
+        tokens, area = block.input_resolution[0] * block.input_resolution[1], block.window_area
+        windows = -(-sides[0][0] // sides[0][1]) * -(-sides[1][0] // sides[1][1])
+        yield block, tokens, windows * area, area
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layers of a module, whatever timm calls them
+
+
+def cuts_v_alone(attn: nn.Module) -> bool:
+    """Whether q and k stay whole, since a rotation of them would change the scores."""
+    if isinstance(attn, Attention):
+        return not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity))
+    return not isinstance(attn, WindowAttention)
+
+
+def value_layer(attn: nn.Module) -> nn.Linear:
+    """The layer whose last rows are v: that of q, k and v together, or its own."""
+    return attn.qkv if attn.qkv is not None else attn.v_proj
+
+
+def value_layer_name(attn: nn.Module) -> str:
+    return "qkv" if attn.qkv is not None else "v_proj"
+
+
+def value_bias(attn: nn.Module) -> nn.Parameter | None:
+    """The bias whose last entries are v's: the layer's, or where timm keeps it beside the layer, v's alone."""
+    bias = getattr(attn, "v_bias", None)
+    return value_layer(attn).bias if bias is None else bias
+
+
+def attention_width(attn: nn.Module) -> tuple[int, int, int]:
+    """Dims per head that are kept, the parts that are cut (3, or 1: v alone), and the dims per head of q and k."""
+    layer = value_layer(attn)
+    if not cuts_v_alone(attn):
+        width = layer.out_features // (3 * attn.num_heads)
+        return width, 3, width
+    head_dim = attn.proj.head_dim if hasattr(attn.proj, "head_dim") else attn.proj.in_features // attn.num_heads
+    return attn.proj.in_features // attn.num_heads, 1, head_dim
+
+
+def first_layers(mlp: nn.Module | None) -> dict[str, nn.Linear]:
+    """name -> layer: one, whose rows are the units or, gated, the units twice; or two."""
+    return {name: getattr(mlp, name) for name in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, name)}
+
+
+def last_layer(block: nn.Module, kind: str) -> nn.Linear:
+    """The linear layer that ends a branch; its inputs are what a width cuts."""
+    return block.attn.proj if kind == "attn" else block.mlp.fc2
+
+
+def full_widths(model: nn.Module) -> dict[str, int]:
     """The widths at which the model stands: of a backbone, the full ones."""
     return {key: module.width for key, module in modules_of(model).items()}
 
 
-def check_widths(model: VisionTransformer, widths: dict[str, int]) -> None:
+def check_widths(model: nn.Module, widths: dict[str, int]) -> None:
     """Raises UserError unless `widths` names every module of the model and each width lies in 0..full."""
     full = full_widths(model)
     if widths.keys() != full.keys():
@@ -113,96 +249,3 @@ def check_widths(model: VisionTransformer, widths: dict[str, int]) -> None:
     for key, width in widths.items():
         if not 0 <= width <= full[key]:
             raise UserError(f"widths: {key} is {width}, outside 0..{full[key]}")
-
-
-def last_layer(block: Block, kind: str) -> nn.Linear:
-    """The linear layer that ends a branch; its inputs are what a width cuts."""
-    return block.attn.proj if kind == "attn" else block.mlp.fc2
-
-
-# Running a backbone in parts. timm runs all blocks in one call; importance needs the inputs of each.
-
-
-def embed(model: VisionTransformer, images: Tensor) -> Tensor:
-    """Images (B, C, height, width) to the first block's input (B, N, D)."""
-    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-
-
-def classify(model: VisionTransformer, x: Tensor) -> Tensor:
-    """The last block's output (B, N, D) to logits (B, classes)."""
-    return model.forward_head(model.norm(x))
-
-
-def attention_branch(block: Block, x: Tensor, **kwargs: Any) -> Tensor:
-    """What the block's attention adds to the residual stream: (B, N, D) -> (B, N, D)."""
-    return block.drop_path1(block.ls1(block.attn(block.norm1(x), **kwargs)))
-
-
-def mlp_branch(block: Block, x: Tensor) -> Tensor:
-    """What the block's MLP adds to the residual stream: (B, N, D) -> (B, N, D)."""
-    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-class BypassBlock(Block):
-    """timm's Block in which a branch ("attn" or "mlp") may be bypassed: it adds nothing and costs nothing."""
-
-    bypassed: frozenset[str] = frozenset()
-
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        if not self.bypassed:
-            return super().forward(x, **kwargs)
-        if "attn" not in self.bypassed:
-            x = x + attention_branch(self, x, **kwargs)
-        if "mlp" not in self.bypassed:
-            x = x + mlp_branch(self, x)
-        return x
-
-
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, assign: bool = False) -> None:
-    """Strict load; `assign` takes the tensors themselves, for a model on the meta device.
-
-    Raises UserError that names the first key that differs, with both shapes.
-    """
-    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in weights.items()}
-    for key in [*own, *(key for key in given if key not in own)]:
-        if own.get(key) != given.get(key):
-            there, here = given.get(key, "absent"), own.get(key, "absent")
-            raise UserError(f"{source} is of another architecture: {key} is {there} there, {here} in the model")
-    model.load_state_dict(weights, assign=assign)
-
-
-def load_backbone(
-    name: str,
-    model_kwargs: dict[str, Any],
-    *,
-    num_classes: int,
-    checkpoint: Path | None = None,
-    pretrained: bool = False,
-    use_ema: bool = False,
-) -> VisionTransformer:
-    """A backbone with the head of its weights: of the checkpoint, of timm's pretrained ones, else new weights.
-
-    num_classes counts only where no weights say otherwise. Raises UserError for weights of another architecture.
-    """
-    if checkpoint is None:
-        classes = {} if pretrained else {"num_classes": num_classes}
-        return create_backbone(name, pretrained=pretrained, **classes | model_kwargs)
-    weights = weights_of(load_checkpoint(checkpoint), checkpoint, use_ema)
-    head = weights.get("head.weight")
-    classes = {"num_classes": num_classes if head is None else len(head)}
-    model = create_backbone(name, **classes | model_kwargs)
-    load_weights(model, weights, f"checkpoint {checkpoint}")
-    return model
-
-
-def fit_head(model: VisionTransformer, num_classes: int, *, remake: bool) -> None:
-    """Makes the head one of num_classes: a new one if `remake`, else a UserError where it differs."""
-    if model.num_classes == num_classes:
-        return
-    if not remake:
-        raise UserError(
-            f"the model has {model.num_classes} classes, the data has {num_classes}: give the data it is for"
-        )
-    say(f"new head: {model.num_classes} classes in the weights, {num_classes} in the data")
-    model.reset_classifier(num_classes)

@@ -14,8 +14,9 @@ from timm.models.vision_transformer import VisionTransformer
 from files import atomic_file, load_checkpoint, read_json, shown, write_text
 from utils import UserError
 
-from .backbone import create_backbone, full_widths, load_weights
+from .backbone import Backbone, create_backbone, family_named, full_widths
 from .extraction import extract
+from .loading import load_weights
 from .macs import count_macs, count_params
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -24,7 +25,7 @@ MAX_DEPTH, MAX_SIZE = 100, 1_000_000  # beyond any vision transformer: of sizes 
 
 def save_subnetwork(
     folder: Path,
-    model: VisionTransformer,
+    model: Backbone,
     *,
     name: str,
     model_kwargs: dict[str, Any],
@@ -51,7 +52,7 @@ def save_subnetwork(
     return config
 
 
-def load_subnetwork(folder: Path) -> tuple[VisionTransformer, dict[str, Any]]:
+def load_subnetwork(folder: Path) -> tuple[Backbone, dict[str, Any]]:
     """The model of a folder, in eval mode, and its config. Raises UserError for a folder that does not hold one."""
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -64,30 +65,40 @@ def load_subnetwork(folder: Path) -> tuple[VisionTransformer, dict[str, Any]]:
     for key, width in config["widths"].items():
         if type(width) is not int:
             raise UserError(f"{folder / CONFIG}: widths: {shown(key)} is {shown(repr(width))}, not a whole number")
-    _check_model_kwargs(config["model_kwargs"], folder / CONFIG)
-    with torch.device("meta"):  # the structure alone; the weights are read into it
-        backbone = create_backbone(config["model"], **config["model_kwargs"] | {"weight_init": "skip"})
-    model = extract(backbone, config["widths"])
+    _check_model_kwargs(config["model"], config["model_kwargs"], folder / CONFIG)
+    model = extract(_structure(config["model"], config["model_kwargs"]), config["widths"])
     _check_preprocessing(config["preprocessing"], model, folder / CONFIG)
     load_weights(model, load_checkpoint(folder / WEIGHTS), str(folder / WEIGHTS), assign=True)
     return model.eval(), config
 
 
-def _check_model_kwargs(model_kwargs: dict[str, Any], path: Path) -> None:
+def _structure(name: str, model_kwargs: dict[str, Any]) -> Backbone:
+    """The model that weights are read into: without weights of its own, where all it holds is read."""
+    with torch.device("meta"):
+        skip = {"weight_init": "skip"} if family_named(name).model is VisionTransformer else {}
+        model = create_backbone(name, **model_kwargs | skip)
+    made = {key for key, _ in model.named_buffers()} - model.state_dict().keys()
+    return create_backbone(name, **model_kwargs) if made else model  # such as window masks, which are computed
+
+
+def _check_model_kwargs(name: str, model_kwargs: dict[str, Any], path: Path) -> None:
     """A config is data from elsewhere: it may shape the network; timm's other arguments name files and hubs."""
-    allowed = inspect.signature(VisionTransformer.__init__).parameters.keys() - {"self", "device", "dtype"}
+    family = family_named(name)
+    if family is None:
+        create_backbone(name)  # which says why not
+    allowed = inspect.signature(family.model.__init__).parameters.keys() - {"self", "device", "dtype"}
     for key, value in model_kwargs.items():
         if key not in allowed:
             raise UserError(f"{path}: model_kwargs: {key} does not shape a vision transformer")
         numbers = value if isinstance(value, list) else [value]
-        largest = MAX_DEPTH if key == "depth" else MAX_SIZE
+        largest = MAX_DEPTH if key in ("depth", "depths") else MAX_SIZE
         if not all(isinstance(n, int | float | str | None) for n in numbers):
             raise UserError(f"{path}: model_kwargs: {key} is {shown(repr(value))}, not a plain value")
         if any(isinstance(n, int | float) and not -largest <= n <= largest for n in numbers):
             raise UserError(f"{path}: model_kwargs: {key} is {shown(value)}, beyond {largest}")
 
 
-def _check_preprocessing(preprocessing: dict[str, Any], model: VisionTransformer, path: Path) -> None:
+def _check_preprocessing(preprocessing: dict[str, Any], model: Backbone, path: Path) -> None:
     def numbers(value: Any, count: int, low: float, high: float) -> bool:
         numeric = isinstance(value, list) and len(value) == count and all(type(n) in (int, float) for n in value)
         return numeric and all(low <= n <= high for n in value)

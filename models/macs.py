@@ -4,56 +4,76 @@ from __future__ import annotations
 
 import math
 
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
-from .backbone import BRANCHES, Module, modules_of
+from .backbone import Backbone, Module, blocks_of, family_of, first_layers, modules_of, value_layer
+from .parts import parameters_of
 
 CONVENTIONS = ("linear", "full")
 
 
-def tokens_of(model: VisionTransformer) -> int:
-    """N: patches and prefix tokens."""
-    return model.patch_embed.num_patches + model.num_prefix_tokens
-
-
-def macs_per_dim(module: Module, tokens: int, convention: str = "linear") -> int:
-    """MACs of one dim of a module: MACs are proportional to the width.
+def macs_per_dim(module: Module, convention: str = "linear") -> int:
+    """MACs of one dim of a module: MACs grow in proportion to the width, from fixed_macs() on.
 
     `linear` counts linear layers (the paper's way); `full` adds the two products of attention, q k^T and scores v.
     """
     if module.kind == "mlp":
-        return 2 * module.dim * tokens
-    products = 2 * tokens**2 if convention == "full" else 0
-    return module.heads * (4 * module.dim * tokens + products)
+        return (module.parts + 1) * module.dim * module.tokens
+    layers = (module.parts + 1) * module.dim * module.tokens
+    products = 2 * module.tokens * module.keys if convention == "full" and module.parts == 3 else 0
+    return module.heads * (layers + products)
 
 
-def count_macs(model: VisionTransformer, widths: dict[str, int] | None = None, convention: str = "linear") -> int:
+def fixed_macs(module: Module, convention: str = "linear") -> int:
+    """MACs that a module has at any width but 0: none, but of an attention of which v alone is cut those of q and k.
+
+    Its products stay whole as well.
+    """
+    if module.kind == "mlp" or module.parts == 3:
+        return 0
+    products = 2 * module.tokens * module.keys if convention == "full" else 0
+    return module.heads * module.head_dim * (2 * module.dim * module.tokens + products)
+
+
+def count_macs(model: Backbone, widths: dict[str, int] | None = None, convention: str = "linear") -> int:
     """MACs for one image of the model as it stands, or of its sub-network at `widths`.
 
-    Patch embedding, blocks and head(s); `convention` is "linear" or "full" (see macs_per_dim).
+    Patch embedding and merging, blocks and head(s); `convention` is "linear" or "full" (see macs_per_dim).
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"MACs convention {convention!r} is not one of {CONVENTIONS}")
-    tokens = tokens_of(model)
     macs = model.patch_embed.num_patches * math.prod(model.patch_embed.proj.weight.shape)
-    heads = [model.head, getattr(model, "head_dist", None)]
+    heads = [model.get_classifier()]
+    heads = heads[0] if isinstance(heads[0], tuple) else heads
     macs += sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))
+    macs += _merging_macs(model)
     for key, module in modules_of(model).items():
-        macs += macs_per_dim(module, tokens, convention) * (module.width if widths is None else widths[key])
+        width = module.width if widths is None else widths[key]
+        if width:
+            macs += fixed_macs(module, convention) + macs_per_dim(module, convention) * width
     return macs
 
 
-def count_params(model: VisionTransformer, widths: dict[str, int] | None = None) -> int:
+def _merging_macs(model: Backbone) -> int:
+    """Of a Swin's layers that merge four patches into one."""
+    if not isinstance(model, SwinTransformer | SwinTransformerV2):
+        return 0
+    merging = [stage for stage in model.layers if not isinstance(stage.downsample, nn.Identity)]
+    return sum(math.prod(s.blocks[0].input_resolution) * s.downsample.reduction.weight.numel() for s in merging)
+
+
+def count_params(model: Backbone, widths: dict[str, int] | None = None) -> int:
     """Parameters of the model as it stands, or of its sub-network at `widths` (without extracting it)."""
     params = sum(p.numel() for p in model.parameters())
+    blocks, family = blocks_of(model), family_of(model)
     for module in modules_of(model).values() if widths is not None else ():
-        block, width = model.blocks[module.block], widths[module.key]
+        block, width = blocks[module.block], widths[module.key]
         if module.width == 0:
             continue
         if width == 0:
-            parts = [getattr(block, name) for name in BRANCHES[module.kind]]
-            params -= sum(p.numel() for part in parts for p in part.parameters())
+            params -= sum(p.numel() for p in parameters_of(family, block, module.kind))
         else:
             params -= (module.width - width) * _params_per_dim(block, module)
     return params
@@ -61,6 +81,8 @@ def count_params(model: VisionTransformer, widths: dict[str, int] | None = None)
 
 def _params_per_dim(block: nn.Module, module: Module) -> int:
     if module.kind == "attn":
-        qkv = module.dim + (block.attn.qkv.bias is not None)
-        return module.heads * (3 * qkv + block.attn.proj.out_features)
-    return module.dim + (block.mlp.fc1.bias is not None) + block.mlp.fc2.out_features
+        layer, last = value_layer(block.attn), block.attn.proj
+        first = module.parts * (module.dim + (layer.bias is not None))
+        return module.heads * (first + last.out_features)
+    biases = next(iter(first_layers(block.mlp).values())).bias is not None
+    return module.parts * (module.dim + biases) + block.mlp.fc2.out_features

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.backbone import attention_branch, classify, embed, mlp_branch, modules_of
+from models.backbone import Backbone, modules_of
+from models.parts import classify, follow, parts_of
 from models.taylor import TaylorImportance, collect
 from utils import UserError, progress_bar, reduce_sum
 
@@ -31,7 +30,7 @@ class Sensitivity:
 
 
 @torch.no_grad()
-def module_sensitivity(model: VisionTransformer, batches: Batches) -> Sensitivity:
+def module_sensitivity(model: Backbone, batches: Batches) -> Sensitivity:
     """gamma of every module: the relative rise of the cross-entropy when its branch adds nothing (paper, PIAD).
 
     `model` is the smallest network so far, as extracted; modules it bypasses already get 0. Without a module of block
@@ -39,14 +38,14 @@ def module_sensitivity(model: VisionTransformer, batches: Batches) -> Sensitivit
     the work. Sums are reduced over the ranks. Raises UserError where a cross-entropy is not finite.
     """
     device = next(model.parameters()).device
-    branches = _branches(model)
-    totals = torch.zeros(len(branches) + 2, dtype=torch.float64, device=device)  # C, C_m of each module, images
+    keys = [module.key for module in modules_of(model).values() if module.width]
+    totals = torch.zeros(len(keys) + 2, dtype=torch.float64, device=device)  # C, C_m of each module, images
     branches_run = 0
     was_training = model.training
     model.eval()
     with torch.autocast(device.type, enabled=False):
         for images, targets in batches:
-            costs, branches_run = _bypass_costs(model, list(branches.values()), images.to(device), targets.to(device))
+            costs, branches_run = _bypass_costs(model, images.to(device), targets.to(device))
             totals += torch.stack([*costs, costs[0].new_tensor(len(images))])
     model.train(was_training)
     reduce_sum(totals)
@@ -57,40 +56,33 @@ def module_sensitivity(model: VisionTransformer, batches: Batches) -> Sensitivit
             "the weights are out of range, the last checkpoint stands; try a lower --lr"
         )
     gamma = dict.fromkeys(modules_of(model), 0.0)
-    gamma |= {key: max(0.0, (c - cost) / max(cost, TINY)) for key, c in zip(branches, without, strict=True)}
+    gamma |= {key: max(0.0, (c - cost) / max(cost, TINY)) for key, c in zip(keys, without, strict=True)}
     return Sensitivity(cost, gamma, branches_run)
 
 
-def _branches(model: VisionTransformer) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What each module that is not bypassed adds to the residual stream, in running order."""
-    run = {"attn": attention_branch, "mlp": mlp_branch}
-    modules = [module for module in modules_of(model).values() if module.width]
-    return {module.key: partial(run[module.kind], model.blocks[module.block]) for module in modules}
-
-
-def _bypass_costs(
-    model: VisionTransformer, branches: list[Callable[[Tensor], Tensor]], images: Tensor, targets: Tensor
-) -> tuple[list[Tensor], int]:
+def _bypass_costs(model: Backbone, images: Tensor, targets: Tensor) -> tuple[list[Tensor], int]:
     """[C, C without branch 0, without branch 1, ...] summed over the batch in float64, and the branches run."""
-    x = embed(model, images)
-    stream = []  # what enters each branch
-    for branch in branches:
+    x, parts = parts_of(model, images)
+    stream = []  # what enters each part
+    for part in parts:
         stream.append(x)
-        x = x + branch(x)
-    costs, run = [_cross_entropy(model, x, targets)], len(branches)
+        x = follow(x, part)
+    costs, run = [_cross_entropy(model, x, targets)], sum(key is not None for key, _ in parts)
     for skipped, x in enumerate(stream):
-        for branch in branches[skipped + 1 :]:
-            x = x + branch(x)
-            run += 1
+        if parts[skipped][0] is None:
+            continue
+        for part in parts[skipped + 1 :]:
+            x = follow(x, part)
+            run += part[0] is not None
         costs.append(_cross_entropy(model, x, targets))
     return costs, run
 
 
-def _cross_entropy(model: VisionTransformer, x: Tensor, targets: Tensor) -> Tensor:
+def _cross_entropy(model: Backbone, x: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(classify(model, x).double(), targets, reduction="sum")
 
 
-def dimension_importance(model: VisionTransformer, batches: Batches, cost: str = "logit") -> dict[str, np.ndarray]:
+def dimension_importance(model: Backbone, batches: Batches, cost: str = "logit") -> dict[str, np.ndarray]:
     """alpha of every dim, (width,) for each module with a width, summing to 1 in each module (paper, PIAD).
 
     Taylor importance at the network as it stands: for an attention that of q, k and v summed, mean over heads; for an
@@ -109,7 +101,7 @@ def dimension_importance(model: VisionTransformer, batches: Batches, cost: str =
     return alpha
 
 
-def importance_of_dims(model: VisionTransformer, batches: Batches) -> dict[str, np.ndarray]:
+def importance_of_dims(model: Backbone, batches: Batches) -> dict[str, np.ndarray]:
     """I_i = gamma of the module * alpha of the dim, (width,) for each module with a width."""
     gamma = module_sensitivity(model, progress_bar(batches, "module sensitivity")).gamma
     alphas = dimension_importance(model, progress_bar(batches, "dimension importance"))

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
-
-from models.backbone import modules_of
+from models.backbone import Backbone, modules_of
 from models.elastic import set_widths
 from models.extraction import extract
-from models.macs import count_macs, macs_per_dim, tokens_of
+from models.macs import count_macs, fixed_macs, macs_per_dim
 from utils import UserError, is_main_process
 
 from .dropout_list import grow, unit_sizes
@@ -28,7 +26,7 @@ class ProgressiveDropout:
     """
 
     def __init__(
-        self, model: VisionTransformer, proxy: Batches, *, ratio: float, epochs: int, seed: int, table: MaskTable | None
+        self, model: Backbone, proxy: Batches, *, ratio: float, epochs: int, seed: int, table: MaskTable | None
     ):
         """model: a super-network (elastic); table: of the run that goes on.
 
@@ -38,7 +36,8 @@ class ProgressiveDropout:
         self.model, self.proxy = model, proxy
         self.ratio, self.epochs, self.seed = ratio, epochs, seed
         self.sizes = unit_sizes(modules)
-        self.macs = {key: macs_per_dim(module, tokens_of(model)) for key, module in modules.items()}
+        self.macs = {key: macs_per_dim(module) for key, module in modules.items()}
+        self.fixed = {key: fixed_macs(module) for key, module in modules.items()}
         self.network_macs = count_macs(model)
         full = {key: module.width for key, module in modules.items()}
         self.table = table or MaskTable([full])
@@ -55,7 +54,9 @@ class ProgressiveDropout:
             return
         smallest = extract(self.model, self.table.widths(-1)).eval()
         target = self.ratio * (epoch + 1) / self.epochs * self.network_macs
-        self.table = grow(self.table, importance_of_dims(smallest, self.proxy), self.sizes, self.macs, target)
+        self.table = grow(
+            self.table, importance_of_dims(smallest, self.proxy), self.sizes, self.macs, target, self.fixed
+        )
 
     def choose(self, *, epoch: int, step: int, rank: int) -> int:
         """Draws this rank's op code for the step and sets the super-network to its widths."""

@@ -6,10 +6,11 @@ from functools import partial
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from models.backbone import Backbone, blocks_of, cuts_v_alone
 from models.elastic import set_widths
+from utils import UserError
 
 from .dropout_list import UNITS, grow
 from .importance import Batches, importance_of_dims
@@ -22,10 +23,10 @@ class NoDropout(ProgressiveDropout):
     """The whole network at every step; its table, which stands from the start, cuts all modules alike."""
 
     def __init__(
-        self, model: VisionTransformer, proxy: Batches, *, ratio: float, epochs: int, seed: int, table: MaskTable | None
+        self, model: Backbone, proxy: Batches, *, ratio: float, epochs: int, seed: int, table: MaskTable | None
     ):
         super().__init__(model, proxy, ratio=ratio, epochs=epochs, seed=seed, table=table)
-        modules = sum(width * self.macs[key] for key, width in self.table.widths(0).items())
+        modules = sum(width * self.macs[key] + self.fixed[key] for key, width in self.table.widths(0).items())
         self.share = min(1.0, ratio * self.network_macs / modules)  # what `ratio` comes to where something can leave
         if table is None:
             self.table = self.first_table()
@@ -54,15 +55,19 @@ class ChannelDropout(NoDropout):
     What is dropped is anywhere in a module, so it is silenced and not cut: q, k, v and hidden units become 0.
     """
 
-    def __init__(self, model: VisionTransformer, *args, **kwargs):
+    def __init__(self, model: Backbone, *args, **kwargs):
+        if any(cuts_v_alone(block.attn) for block in blocks_of(model)):
+            raise UserError("this regime drops dims of q, k and v alike, which this model does not allow: use piad")
         self.masks: dict[str, Tensor] = {}  # module key -> (units,), 1 where kept, of the step under way
         super().__init__(model, *args, **kwargs)
         self.probability = self.drop_probability()
         for key in self.sizes:
             index, kind = key.split(".")
-            block = model.blocks[int(index)]
-            layer = block.attn.qkv if kind == "attn" else block.mlp.act
-            layer.register_forward_hook(partial(self._silence, key))
+            block = blocks_of(model)[int(index)]
+            if kind == "attn":
+                block.attn.qkv.register_forward_hook(partial(self._silence_attention, key))
+            else:
+                block.mlp.fc2.register_forward_pre_hook(partial(self._silence_units, key))
 
     def drop_probability(self) -> dict[str, Tensor]:
         """Module key -> (units,), head to tail."""
@@ -78,12 +83,17 @@ class ChannelDropout(NoDropout):
     def _units(self) -> dict[str, int]:
         return {key: self.table.widths(0)[key] // size for key, size in self.sizes.items()}
 
-    def _silence(self, key: str, layer: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-        """output: (B, N, 3 H d) of q, k, v, or (B, N, M)."""
-        if not layer.training or key not in self.masks:
-            return output
-        mask = self.masks[key].to(output).repeat_interleave(self.sizes[key])
-        return output * mask.repeat(output.shape[-1] // len(mask))
+    def _silence_attention(self, key: str, layer: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        """output: (B, N, 3 H d) of q, k, v."""
+        return self._silenced(key, output) if layer.training and key in self.masks else output
+
+    def _silence_units(self, key: str, layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        """inputs: (B, N, M)."""
+        return (self._silenced(key, inputs[0]),) if layer.training and key in self.masks else inputs
+
+    def _silenced(self, key: str, x: Tensor) -> Tensor:
+        mask = self.masks[key].to(x).repeat_interleave(self.sizes[key])
+        return x * mask.repeat(x.shape[-1] // len(mask))
 
 
 class WeightedChannelDropout(ChannelDropout):

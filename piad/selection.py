@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import bisect
 
-from timm.models.vision_transformer import VisionTransformer
-
+from models.backbone import Backbone
 from models.macs import count_macs, count_params
 from utils import UserError
 
@@ -32,7 +31,7 @@ def format_amount(value: float) -> str:
 
 
 def largest_within(
-    model: VisionTransformer,
+    model: Backbone,
     table: MaskTable,
     *,
     max_macs: float | None = None,
@@ -62,7 +61,7 @@ def largest_within(
     return op_code
 
 
-def evenly_spaced(model: VisionTransformer, table: MaskTable, count: int) -> list[int]:
+def evenly_spaced(model: Backbone, table: MaskTable, count: int) -> list[int]:
     """At most `count` op codes, from 0 to the smallest, whose MACs lie as evenly as the table allows."""
     macs = [count_macs(model, row) for row in table.rows]
     step = (macs[0] - macs[-1]) / max(count - 1, 1)

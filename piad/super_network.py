@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
-
-from models.backbone import full_widths, load_backbone
+from models.backbone import Backbone, full_widths
+from models.loading import load_backbone
 from utils import UserError
 
 from .mask_table import MaskTable
@@ -21,7 +20,7 @@ def load_super_network(
     mask_table: Path | None = None,
     num_classes: int = 1000,
     use_ema: bool = False,
-) -> tuple[VisionTransformer, MaskTable]:
+) -> tuple[Backbone, MaskTable]:
     """The full-size model, with the head of its weights, and its table, checked against each other.
 
     Without mask_table, the one lying beside the checkpoint is read. Raises UserError for files that are missing,

@@ -24,9 +24,10 @@ from tiny import (
 from torch import nn
 from torch.nn import functional as F
 
-from models.backbone import BypassBlock, full_widths
+from models.backbone import full_widths
 from models.elastic import ElasticAttention, make_elastic, set_widths
 from models.extraction import extract
+from models.parts import BypassBlock
 from utils import UserError
 
 EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)

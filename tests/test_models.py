@@ -14,19 +14,16 @@ from torch import Tensor, nn
 from models.backbone import (
     ALIASES,
     Module,
-    check_plain,
+    check_supported,
     check_widths,
-    classify,
     create_backbone,
-    embed,
-    fit_head,
     full_widths,
-    load_backbone,
-    load_weights,
     modules_of,
 )
 from models.extraction import extract
-from models.macs import count_macs, count_params, macs_per_dim, tokens_of
+from models.loading import fit_head, load_backbone, load_weights
+from models.macs import count_macs, count_params, macs_per_dim
+from models.parts import classify, follow, parts_of
 from utils import UserError
 
 TINY = {key: value for key, value in SHAPE.items() if key != "num_classes"}
@@ -61,17 +58,17 @@ def test_an_unknown_model_name_is_met_with_near_ones(name, near):
     ("name", "arguments", "reason"),
     [
         ("resnet18", {}, "it is a ResNet"),
-        ("swin_tiny_patch4_window7_224", {}, "it is a SwinTransformer"),
+        ("volo_d1_224", {}, "it is a VOLO"),
+        ("eva02_base_patch14_224", {}, "block 0 has a SwiGLU of another kind"),
+        ("eva_giant_patch14_224", {"scale_attn_inner": True, "depth": 2}, "a norm on the outputs of its attention"),
         ("vit_tiny_patch16_224", {**TINY, "global_pool": "map", "class_token": False}, "pools with attention"),
-        ("vit_tiny_patch16_224", {**TINY, "qk_norm": True}, "block 0 has a norm inside its attention"),
-        ("vit_tiny_patch16_224", {**TINY, "scale_attn_norm": True}, "block 0 has a norm inside its attention"),
-        ("vit_tiny_patch16_224", {**TINY, "scale_mlp_norm": True}, "block 0 has a Mlp of another kind"),
-        ("vit_tiny_patch16_224", {**TINY, "attn_layer": "diff"}, "block 0 has a DiffAttention of another kind"),
         (
             "vit_tiny_patch16_224",
-            {**TINY, "mlp_layer": timm.layers.SwiGLUPacked},
-            "block 0 has a GluMlp of another kind",
+            {**TINY, "scale_attn_norm": True},
+            "a norm on the outputs of its attention",
         ),
+        ("vit_tiny_patch16_224", {**TINY, "scale_mlp_norm": True}, "block 0 has a Mlp of another kind"),
+        ("vit_tiny_patch16_224", {**TINY, "attn_layer": "diff"}, "block 0 has a DiffAttention of another kind"),
         (
             "vit_tiny_patch16_224",
             {**TINY, "block_fn": timm.models.vision_transformer.ResPostBlock},
@@ -79,8 +76,8 @@ def test_an_unknown_model_name_is_met_with_near_ones(name, near):
         ),
     ],
 )
-def test_a_model_that_is_not_a_plain_vit_is_refused_with_the_reason(name, arguments, reason):
-    message = f"{name} is not a plain vision transformer .*{reason}"
+def test_a_model_of_another_kind_is_refused_with_the_reason(name, arguments, reason):
+    message = rf"{name} is not supported \(.*{reason}\); these are: vit_.*swin_"
     with torch.device("meta"), pytest.raises(UserError, match=message):
         create_backbone(name, **arguments)
 
@@ -88,7 +85,7 @@ def test_a_model_that_is_not_a_plain_vit_is_refused_with_the_reason(name, argume
 def test_a_gated_attention_is_refused(backbone):
     backbone.blocks[1].attn = Attention(48, num_heads=3, gated=True)
     with pytest.raises(UserError, match="block 1 has a Attention of another kind"):
-        check_plain(backbone, "this model")
+        check_supported(backbone, "this model")
 
 
 def test_bad_model_arguments_are_one_line():
@@ -98,18 +95,24 @@ def test_bad_model_arguments_are_one_line():
 
 
 def test_every_variant_is_taken_and_runs_in_parts_as_it_runs_whole(any_backbone, data):
-    check_plain(any_backbone, "this model")
-    x = embed(any_backbone, data[0])
-    assert x.shape == (8, tokens_of(any_backbone), any_backbone.embed_dim)
-    assert torch.equal(classify(any_backbone, any_backbone.blocks(x)), any_backbone(data[0]))
+    check_supported(any_backbone, "this model")
+    x, parts = parts_of(any_backbone, data[0])
+    assert [key for key, _ in parts if key] == list(modules_of(any_backbone))
+    first = next(iter(modules_of(any_backbone).values()))
+    assert x.flatten(1, -2).shape == (8, first.tokens, first.dim)
+    for part in parts:
+        x = follow(x, part)
+    assert relative(classify(any_backbone, x), any_backbone(data[0])) < 1e-12
 
 
 def test_modules_in_running_order():
     model = random_backbone("one_head")
     expected = []
     for block in range(3):
-        expected.append(Module(f"{block}.attn", block, "attn", width=16, heads=1, dim=16))
-        expected.append(Module(f"{block}.mlp", block, "mlp", width=64, heads=1, dim=16))
+        expected.append(
+            Module(f"{block}.attn", block, "attn", 16, heads=1, dim=16, tokens=17, keys=17, parts=3, head_dim=16)
+        )
+        expected.append(Module(f"{block}.mlp", block, "mlp", 64, heads=1, dim=16, tokens=17))
     assert list(modules_of(model).values()) == expected
     assert list(modules_of(model)) == [module.key for module in expected]
     widths = some_widths(model)
@@ -246,7 +249,7 @@ def test_macs_per_dim_is_the_price_of_one_more_dim(any_backbone):
     for convention in ("linear", "full"):
         for key, module in modules_of(any_backbone).items():
             less = count_macs(any_backbone, full | {key: full[key] - 1}, convention)
-            price = macs_per_dim(module, tokens_of(any_backbone), convention)
+            price = macs_per_dim(module, convention)
             assert count_macs(any_backbone, convention=convention) - less == price > 0
 
 

@@ -36,7 +36,11 @@ def random_backbone(variant: str = "plain", seed: int = 0, dtype: torch.dtype = 
     timm starts biases at zero and LayerScale near it, which would hide a mistake in either.
     """
     name, model_kwargs = VARIANTS[variant]
-    model = create_backbone(name, **(SHAPE | model_kwargs | more)).to(dtype)
+    return draw_parameters(create_backbone(name, **(SHAPE | model_kwargs | more)).to(dtype), seed)
+
+
+def draw_parameters(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter of the model drawn at random, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

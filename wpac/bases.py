@@ -24,8 +24,11 @@ def variance_bases(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """The paper's: eigenvectors of C_q + C_k, for q and k alike, and of C_v.
 
     covariance: (3, H, d, d) of q, k, v. Returns new = T old for q, k, v, (3, H, d, d), and the variances of q and k
-    together and of v, (2, H, d).
+    together and of v, (2, H, d). Of v alone, (1, H, d, d): its own.
     """
+    if len(covariance) == 1:
+        values, vectors = descending_eigenvectors(covariance)
+        return vectors.mT, values
     values, vectors = descending_eigenvectors(torch.stack([covariance[0] + covariance[1], covariance[2]]))
     return vectors[[0, 0, 1]].mT, values
 

@@ -15,12 +15,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from files import atomic_file, load_checkpoint
-from models.backbone import Module, last_layer, modules_of
-from models.macs import tokens_of
+from models.backbone import Backbone, Module, blocks_of, last_layer, modules_of
 from utils import UserError, checksum, reduce_sum
 
 COMPENSATION = "compensation.safetensors"
@@ -136,7 +134,7 @@ class Compensation(nn.Module):
         return kept.to(weight.dtype), (bias.double() + W @ mean - kept @ mean[:k]).to(bias.dtype)
 
 
-def compensate(model: VisionTransformer, moments: dict[str, OutputMoments], damping: float = DAMPING) -> list[str]:
+def compensate(model: Backbone, moments: dict[str, OutputMoments], damping: float = DAMPING) -> list[str]:
     """Gives each module of the model its Compensation, from moments in the order in which its dims are kept.
 
     From then on its slices, in training and in extraction, are compensated ones. A module for which that would be
@@ -157,12 +155,12 @@ def compensate(model: VisionTransformer, moments: dict[str, OutputMoments], damp
     return refused
 
 
-def ordered_layer(model: VisionTransformer, module: Module) -> tuple[Tensor, Tensor]:
+def ordered_layer(model: Backbone, module: Module) -> tuple[Tensor, Tensor]:
     """Weight (D, n) and bias (D,) of a module's last layer, in float64, inputs in the order in which they are kept.
 
     Of an attention that is dim 0 of all heads, dim 1 of all heads, ...
     """
-    layer = last_layer(model.blocks[module.block], module.kind)
+    layer = last_layer(blocks_of(model)[module.block], module.kind)
     if layer.bias is None:
         raise UserError(f"{module.key}: its last layer has no bias, which compensation needs")
     weight = layer.weight.detach().double().unflatten(1, (module.heads, module.width))
@@ -181,8 +179,8 @@ def _errors(weight: Tensor, bias: Tensor, moment: OutputMoments, found: Compensa
     return errors[0], errors[1]
 
 
-def _attach(model: VisionTransformer, module: Module, found: Compensation | None) -> None:
-    branch = getattr(model.blocks[module.block], module.kind)
+def _attach(model: Backbone, module: Module, found: Compensation | None) -> None:
+    branch = getattr(blocks_of(model)[module.block], module.kind)
     branch.compensation = found
 
 
@@ -190,11 +188,11 @@ def _attach(model: VisionTransformer, module: Module, found: Compensation | None
 # compensation.safetensors: factors in float16, triangles packed, beside the weights that it is for
 
 
-def save_compensation(path: Path, model: VisionTransformer) -> int:
+def save_compensation(path: Path, model: Backbone) -> int:
     """Writes what compensate() gave the model; whole or absent. Returns the size in bytes."""
     tensors = {"weights": torch.tensor(checksum(p.cpu() for p in model.parameters()))}
     for key, module in modules_of(model).items():
-        found = getattr(model.blocks[module.block], module.kind).compensation
+        found = getattr(blocks_of(model)[module.block], module.kind).compensation
         if found is not None:
             n = len(found.mean)
             tensors |= {f"{key}.mean": found.mean.float(), f"{key}.positions": found.positions.float()}
@@ -210,7 +208,7 @@ def _stored_type(lower: Tensor) -> torch.dtype:
     return torch.float16 if fits else torch.float32
 
 
-def load_compensation(path: Path, model: VisionTransformer) -> None:
+def load_compensation(path: Path, model: Backbone) -> None:
     """Reads the file into the model, in place. Raises UserError for one of other weights or of another model."""
     tensors = load_checkpoint(path)
     stamp = tensors.pop("weights", None)
@@ -218,7 +216,8 @@ def load_compensation(path: Path, model: VisionTransformer) -> None:
     for name, value in tensors.items():
         key, _, part = name.rpartition(".")
         n = modules[key].heads * modules[key].width if key in modules else 0
-        length = {"mean": n, "lower": n * (n + 1) // 2, "positions": tokens_of(model)}.get(part, -1)
+        positions = modules[key].keys if n and modules[key].kind == "attn" else modules[key].tokens if n else 0
+        length = {"mean": n, "lower": n * (n + 1) // 2, "positions": positions}.get(part, -1)
         if n == 0 or value.shape != (length,) or value.dtype not in (torch.float16, torch.float32):
             kind = f"shape {tuple(value.shape)} and type {value.dtype}"
             raise UserError(f"{path} is not a compensation of this model: {name} has {kind}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from models.backbone import modules_of
+from models.backbone import Backbone, blocks_of, first_layers, modules_of, value_layer
 from models.taylor import TaylorImportance, collect
 
 from .transform import permute_mlp, rotate_attention
@@ -18,18 +18,18 @@ CRITERIA = ("random", "magnitude", "taylor", "hessian")
 
 def importance_by(
     criterion: str,
-    model: VisionTransformer,
+    model: Backbone,
     batches: Iterable[tuple[Tensor, Tensor]] = (),
     cost: str = "logit",
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """(3, H, d) for q, k and v of each attention and (M,) for each MLP, by one of CRITERIA.
+    """(P, H, d) for q, k and v of each attention, or v where it alone is cut, (M,) for each MLP, by one of CRITERIA.
 
     random: drawn from the seed.  magnitude: the norm of a dim's weights, in and out.  taylor, hessian: the mean over
     the batches' tokens of |g * x|, or of its square, with g the gradient of the `cost` (see models.taylor.COSTS).
     """
     modules, device = modules_of(model), next(model.parameters()).device
-    shapes = {key: (3, m.heads, m.width) if m.kind == "attn" else (m.width,) for key, m in modules.items()}
+    shapes = {key: (m.parts, m.heads, m.width) if m.kind == "attn" else (m.width,) for key, m in modules.items()}
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
         return {key: torch.rand(shape, generator=generator).to(device) for key, shape in shapes.items()}
@@ -42,28 +42,30 @@ def importance_by(
 
 
 @torch.no_grad()
-def sort_dims(model: VisionTransformer, importance: dict[str, Tensor]) -> None:
+def sort_dims(model: Backbone, importance: dict[str, Tensor]) -> None:
     """Sorts the dims of every module, most important first, in place; the function stays what it was.
 
     Head by head: q with k by their sum, v with the output projection by v's own.
     """
     for key, module in modules_of(model).items():
-        block = model.blocks[module.block]
+        block = blocks_of(model)[module.block]
         if module.kind == "mlp":
             permute_mlp(block.mlp, torch.argsort(importance[key], descending=True, stable=True))
             continue
-        q, k, v = importance[key]
-        order = torch.argsort(torch.stack([q + k, q + k, v]), dim=-1, descending=True, stable=True)
+        *qk, v = importance[key]
+        scores = torch.stack([*[sum(qk)] * len(qk), v])
+        order = torch.argsort(scores, dim=-1, descending=True, stable=True)
         one = torch.eye(module.width, dtype=torch.float64, device=order.device)
         rotate_attention(block.attn, one[order])
 
 
 @torch.no_grad()
-def _magnitude(model: VisionTransformer, key: str, shape: tuple[int, ...]) -> Tensor:
+def _magnitude(model: Backbone, key: str, shape: tuple[int, ...]) -> Tensor:
     index, _ = key.split(".")
-    block = model.blocks[int(index)]
+    block = blocks_of(model)[int(index)]
     if len(shape) == 1:
-        return block.mlp.fc1.weight.norm(dim=1) * block.mlp.fc2.weight.norm(dim=0)
-    size = block.attn.qkv.weight.norm(dim=1).view(shape)
-    size[2] *= block.attn.proj.weight.norm(dim=0).view(shape[1:])
+        rows = torch.cat([layer.weight for layer in first_layers(block.mlp).values()], 1)
+        return rows.unflatten(0, (-1, *shape)).norm(dim=(0, 2)) * block.mlp.fc2.weight.norm(dim=0)
+    size = value_layer(block.attn).weight.norm(dim=1)[-math.prod(shape) :].view(shape)
+    size[-1] *= block.attn.proj.weight.norm(dim=0).view(shape[1:])
     return size

@@ -9,8 +9,8 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from models.backbone import attention_branch, embed, mlp_branch
-from utils import progress_bar, reduce_sum
+from models.parts import attention_branch, embed, mlp_branch
+from utils import UserError, progress_bar, reduce_sum
 
 from .compensation import DAMPING, EVEN
 
@@ -28,6 +28,8 @@ def refit(
     it gave on the whole network's residual stream; of its last (proj, fc2), that stream after the branch, so that it
     makes up for the drift so far too. Both networks run block by block, with activations kept for one at a time.
     """
+    if not isinstance(model, VisionTransformer):
+        raise UserError(f"refitting knows vision transformers alone, not a {type(model).__name__}: leave --refit out")
     device = next(small.parameters()).device
     model, small = model.to(device).eval(), small.eval()
     wide = [embed(model, batch.to(device)) for batch in images]  # the residual streams, (B, N, D) a batch

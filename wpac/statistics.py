@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from models.backbone import Module, modules_of
+from models.backbone import Backbone, Module, modules_of
 from models.taylor import TaylorImportance, collect
 from utils import reduce_sum
 
@@ -18,10 +17,10 @@ from .compensation import OutputCollector, OutputMoments
 
 @dataclass
 class TokenMoments:
-    """Of q, k and v of every head, theta the weight of a token; float64.
+    """Of the P parts of every head, q, k and v or v alone, theta the weight of a token; float64.
 
-    second (3, H, d, d): sum theta x x^T.  first (3, H, d): sum theta x.  weight (3, H): sum theta.
-    mean (3, H, d): the plain mean of x.  gradient (H, d, d): the plain mean of g g^T of q, zero where not asked for.
+    second (P, H, d, d): sum theta x x^T.  first (P, H, d): sum theta x.  weight (P, H): sum theta.
+    mean (P, H, d): the plain mean of x.  gradient (H, d, d): the plain mean of g g^T of q, zero where not asked for.
     """
 
     second: Tensor
@@ -31,7 +30,7 @@ class TokenMoments:
     gradient: Tensor
 
     def covariance(self) -> Tensor:
-        """sum theta (x - mean)(x - mean)^T, (3, H, d, d), symmetric (paper, WPAC)."""
+        """sum theta (x - mean)(x - mean)^T, (P, H, d, d), symmetric (paper, WPAC)."""
         return self._about(self.mean)
 
     def scores(self) -> Tensor:
@@ -44,7 +43,7 @@ class TokenMoments:
         return self._about(torch.stack([torch.zeros_like(k_mean), k_mean, self.mean[2]]))[:2]
 
     def moved(self, transforms: Tensor) -> TokenMoments:
-        """The moments of T x, transforms (3, H, d, d); a gradient moves with the inverse of T^T."""
+        """The moments of T x, transforms (P, H, d, d); a gradient moves with the inverse of T^T."""
         dual = torch.linalg.inv(transforms[0]).mT
         return TokenMoments(
             transforms @ self.second @ transforms.mT,
@@ -77,19 +76,20 @@ class TokenCollector:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.second, self.first, self.weight = zeros(3, H, d, d), zeros(3, H, d), zeros(3, H)
-        self.plain, self.gradient, self.count = zeros(3, H, d), zeros(H, d, d), zeros()
+        P = module.parts
+        self.second, self.first, self.weight = zeros(P, H, d, d), zeros(P, H, d), zeros(P, H)
+        self.plain, self.gradient, self.count = zeros(P, H, d), zeros(H, d, d), zeros()
 
     @torch.no_grad()
     def update(self, x: Tensor, g: Tensor) -> None:
-        """x, g: (B, N, 3, H, d)."""
-        theta = (g * x).abs_().mean(-1, dtype=torch.float64)  # (B, N, 3, H)
+        """x, g: (B, N, P, H, d)."""
+        theta = (g * x).abs_().mean(-1, dtype=torch.float64)  # (B, N, P, H)
         if self.weighting == "none":
             theta.fill_(1)
         elif self.weighting == "class":
             theta[:, 1:] = 0
-        tokens = x.flatten(0, 1).permute(1, 2, 0, 3).to(torch.float64)  # (3, H, T, d)
-        weighted = tokens * theta.flatten(0, 1).permute(1, 2, 0)[..., None]  # (3, H, T, d)
+        tokens = x.flatten(0, 1).permute(1, 2, 0, 3).to(torch.float64)  # (P, H, T, d)
+        weighted = tokens * theta.flatten(0, 1).permute(1, 2, 0)[..., None]  # (P, H, T, d)
         self.second += weighted.mT @ tokens
         self.first += weighted.sum(-2)
         self.weight += theta.sum((0, 1))
@@ -118,12 +118,12 @@ class Statistics:
 
     @property
     def covariance(self) -> dict[str, Tensor]:
-        """ "<block>.attn" -> (3, H, d, d) of q, k and v (paper, WPAC)."""
+        """ "<block>.attn" -> (P, H, d, d) (paper, WPAC)."""
         return {key: moments.covariance() for key, moments in self.tokens.items()}
 
 
 def collect_statistics(
-    model: VisionTransformer,
+    model: Backbone,
     batches: Iterable[tuple[Tensor, Tensor]],
     cost: str = "logit",
     *,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import Attention, Mlp
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.backbone import modules_of
+from models.backbone import Backbone, Module, blocks_of, first_layers, modules_of, value_bias, value_layer
 
 from .bases import elimination_order, score_bases, value_basis, variance_bases
 from .compensation import DAMPING, OutputMoments, ordered_layer
@@ -19,7 +17,7 @@ ORDERS = ("taylor", "hessian", "fisher")
 
 @torch.no_grad()
 def contract(
-    model: VisionTransformer,
+    model: Backbone,
     statistics: Statistics,
     basis: str = "wpac",
     order: str = "taylor",
@@ -33,21 +31,22 @@ def contract(
     coordinates.
 
     Returns the spectra: for "<block>.attn" (2, d), the share of variance (fisher: of the effect) of each dim of q and
-    k together and of v, over all heads; for "<block>.mlp" (M,), the share of importance of each hidden unit.
+    k together and of v, over all heads, or (1, d), v's, where v alone is cut; for "<block>.mlp" (M,), the share of
+    importance of each hidden unit.
     """
-    spectra = {}
+    spectra, blocks = {}, blocks_of(model)
     for key, module in modules_of(model).items():
-        block, outputs = model.blocks[module.block], statistics.outputs.get(key)
+        block, outputs = blocks[module.block], statistics.outputs.get(key)
         if module.kind == "attn" and basis == "wpac":
             transforms, spectrum = variance_bases(statistics.tokens[key].covariance())
         elif module.kind == "attn":
-            transforms, spectrum = _fisher_bases(block.attn, statistics.tokens[key], outputs)
+            transforms, spectrum = _fisher_bases(block.attn, module, statistics.tokens[key], outputs)
         if module.kind == "attn":
             spectra[key] = torch.stack([_shares(values.sum(0)) for values in spectrum])
             rotate_attention(block.attn, transforms)
             if outputs:
                 statistics.tokens[key] = statistics.tokens[key].moved(transforms)
-                statistics.outputs[key] = outputs.moved(torch.block_diag(*transforms[2])).ordered(
+                statistics.outputs[key] = outputs.moved(torch.block_diag(*transforms[-1])).ordered(
                     torch.arange(module.heads * module.width).view(module.heads, -1).T.flatten()
                 )
             continue
@@ -64,45 +63,49 @@ def contract(
     return spectra
 
 
-def _fisher_bases(attn: Attention, tokens: TokenMoments, outputs: OutputMoments) -> tuple[Tensor, Tensor]:
-    """Transforms of q, k, v (3, H, d, d), and the effects of q and k together and of v (2, H, d)."""
-    H, d = attn.num_heads, attn.head_dim
-    scores, score_values = score_bases(tokens.scores().cpu())
+def _fisher_bases(
+    attn: nn.Module, module: Module, tokens: TokenMoments, outputs: OutputMoments
+) -> tuple[Tensor, Tensor]:
+    """Transforms of the parts (P, H, d, d), and the effects of q and k together and of v (2, H, d), or of v alone."""
+    H, d = module.heads, module.width
     proj = attn.proj.weight.double().cpu().unflatten(1, (H, d)).transpose(0, 1)  # (H, D, d)
     heads = torch.arange(H)
     covariance = outputs.covariance.cpu().view(H, d, H, d)[heads, :, heads]  # (H, d, d)
     values, value_values = value_basis(proj, covariance, outputs.metric.cpu())
     device = attn.proj.weight.device
+    if module.parts == 1:
+        return values[None].to(device), value_values[None]
+    scores, score_values = score_bases(tokens.scores().cpu())
     return torch.cat([scores, values[None]]).to(device), torch.stack([score_values, value_values]).to(device)
 
 
 @torch.no_grad()
-def rotate_attention(attn: Attention, transforms: Tensor) -> None:
+def rotate_attention(attn: nn.Module, transforms: Tensor) -> None:
     """q, k, v of each head become T_q q, T_k k, T_v v, and `proj` takes v back, in float64.
 
-    transforms: (3, H, d, d). The function stays where T_q^T T_k = 1, as it is for one orthogonal transform of both.
+    transforms: (3, H, d, d), or (1, H, d, d) for v alone. The function stays where T_q^T T_k = 1, as it is for one
+    orthogonal transform of both.
     """
-    H, d = attn.num_heads, attn.head_dim
-    weight = attn.qkv.weight.double().view(3, H, d, -1)
-    _assign(attn.qkv.weight, transforms @ weight)
-    if attn.qkv.bias is not None:
-        bias = attn.qkv.bias.double().view(3, H, d, 1)
-        _assign(attn.qkv.bias, transforms @ bias)
+    P, H, d, _ = transforms.shape
+    for parameter in (value_layer(attn).weight, value_bias(attn)):
+        if parameter is not None:
+            last = parameter[-P * H * d :]  # what comes before is not rotated
+            _assign(last, transforms @ last.double().view(P, H, d, -1))
     proj = attn.proj.weight.double().view(-1, H, d).transpose(0, 1)  # (H, D, d)
-    _assign(attn.proj.weight, (proj @ torch.linalg.inv(transforms[2])).transpose(0, 1))
+    _assign(attn.proj.weight, (proj @ torch.linalg.inv(transforms[-1])).transpose(0, 1))
 
 
 @torch.no_grad()
-def permute_mlp(mlp: Mlp, order: Tensor) -> None:
-    """Puts the hidden units in the order (M,)."""
-    _assign(mlp.fc1.weight, mlp.fc1.weight[order])
-    if mlp.fc1.bias is not None:
-        _assign(mlp.fc1.bias, mlp.fc1.bias[order])
+def permute_mlp(mlp: nn.Module, order: Tensor) -> None:
+    """Puts the hidden units in the order (M,), with their gates where there are such."""
+    for layer in first_layers(mlp).values():
+        for parameter in layer.parameters():
+            _assign(parameter, parameter.unflatten(0, (-1, len(order)))[:, order])
     _assign(mlp.fc2.weight, mlp.fc2.weight[:, order])
 
 
 @torch.no_grad()
-def centre_values(model: VisionTransformer, statistics: Statistics) -> None:
+def centre_values(model: Backbone, statistics: Statistics) -> None:
     """Shifts v of each head so that what enters `proj` has mean zero; `proj`'s bias takes it up, in float64.
 
     Exact, as the rows of an attention sum to 1. (k could be shifted too, but that changes nothing even when dims are
@@ -111,7 +114,7 @@ def centre_values(model: VisionTransformer, statistics: Statistics) -> None:
     follow.
     """
     for key, module in modules_of(model).items():
-        attn = model.blocks[module.block].attn
+        attn = getattr(blocks_of(model)[module.block], "attn", None)
         if module.kind != "attn" or attn.qkv.bias is None or attn.proj.bias is None:
             continue
         outputs = statistics.outputs[key]
@@ -128,5 +131,5 @@ def _shares(values: Tensor) -> Tensor:
     return values / total if total > 0 else torch.full_like(values, 1 / values.numel())
 
 
-def _assign(parameter: nn.Parameter, value: Tensor) -> None:
+def _assign(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value.reshape(parameter.shape))

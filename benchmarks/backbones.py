@@ -1,0 +1,76 @@
+"""MACs and parameters of twelve sizes of every family that is supported, at full size, weights drawn at random.
+
+    python -m benchmarks.backbones
+
+A mask table is made from random importance, twelve op codes evenly spaced in MACs are counted without being cut, and
+the whole, the middle and the smallest are cut and run on one image. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+
+from benchmarks.common import describe_machine
+from benchmarks.sizes import tables
+from models.backbone import create_backbone
+from models.extraction import extract
+from models.macs import count_macs, count_params
+from piad.selection import evenly_spaced, format_amount
+from utils import run_program
+
+MODELS = {
+    "deit_tiny_patch16_224": {},
+    "deit_small_patch16_224": {},
+    "deit_base_patch16_224": {},
+    "deit_small_distilled_patch16_224": {},
+    "deit3_small_patch16_224": {},
+    "vit_small_patch14_dinov2": {"img_size": 224},
+    "vit_small_patch16_224": {"img_size": 98, "patch_size": 14},
+    "vit_small_patch16_rope_224": {},
+    "eva02_tiny_patch14_224": {},
+    "swin_tiny_patch4_window7_224": {},
+    "swinv2_tiny_window8_256": {},
+}
+
+
+def measure(name: str, model_kwargs: dict, seed: int) -> list[dict]:
+    """A row for each of twelve sizes."""
+    torch.manual_seed(seed)
+    model = create_backbone(name, **model_kwargs).eval()
+    _, table = tables(model, (12, 400), seed)
+    codes = evenly_spaced(model, table, 12)
+    rows = []
+    for code in codes:
+        widths = table.widths(code)
+        macs = {convention: count_macs(model, widths, convention) for convention in ("linear", "full")}
+        rows.append({"op_code": code, "macs": macs["linear"], "macs_full": macs["full"]})
+        rows[-1]["params"] = count_params(model, widths)
+    for row in (rows[0], rows[len(rows) // 2], rows[-1]):
+        small = extract(model, table.widths(row["op_code"]))
+        with torch.inference_mode():
+            logits = small(torch.randn(1, 3, *model.patch_embed.img_size))
+        assert logits.isfinite().all() and count_params(small) == row["params"] and count_macs(small) == row["macs"]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help="default: all"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and importance (default: %(default)s)")
+    args = parser.parse_args()
+    found = {}
+    for name in args.models:
+        found[name] = measure(name, MODELS[name], args.seed)
+        print(f"{name} {MODELS[name] or ''}".strip())
+        for title, key in (("MACs", "macs"), ("MACs, full", "macs_full"), ("parameters", "params")):
+            print(f"  {title:>11}  " + "  ".join(f"{format_amount(row[key]):>6}" for row in found[name]), flush=True)
+    print(json.dumps({"machine": describe_machine(torch.device("cpu")), "seed": args.seed, "models": found}))
+
+
+if __name__ == "__main__":
+    run_program(main)
