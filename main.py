@@ -137,8 +137,11 @@ def start_model(args: argparse.Namespace, num_classes: int) -> Start:
         model, table = load_super_network(args.model, model_kwargs, mask_table=args.mask_table, **weights)
         grade = compensated(args, model)
         op_codes = frontier.chosen_op_codes(args, model, table)
-        if len(op_codes) != 1 or not (args.op_code or args.macs_ratio or args.macs or args.params):
-            raise UserError("finetune trains one size: give one of --op-code, --macs-ratio, --macs, --params")
+        if len(op_codes) != 1 or not frontier.asks_for_size(args):
+            raise UserError(
+                "finetune trains one size: give --op-code, or one value of --macs-ratio, --macs, --params, --memory, "
+                "--latency, --throughput, or of several of them"
+            )
         small = extract(model, table.widths(op_codes[0]))
         fit_head(small, num_classes, remake=True)
         return Start(small, op_codes[0], model, grade)
