@@ -104,14 +104,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data-set",
-        default="folder",
-        metavar="NAME",
-        help=f"digits (embedded), {', '.join(FOLDER_NAMES)} (train/ and val/, a folder a class), or a "
-        "name of timm's create_dataset such as torch/cifar10 (default: %(default)s)",
-    )
-    group.add_argument("--data-path", metavar="DIR", help="where the data set lies; not needed for digits")
+    add_data_set(group, default="folder")
     group.add_argument(
         "--proxy-samples",
         type=positive,
@@ -144,6 +137,18 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="share of the resized side that evaluation keeps, 1 = no crop (default: the model's)",
     )
+
+
+def add_data_set(group: argparse._ArgumentGroup, default: str | None) -> None:
+    """Which images."""
+    group.add_argument(
+        "--data-set",
+        default=default,
+        metavar="NAME",
+        help=f"digits (embedded), {', '.join(FOLDER_NAMES)} (train/ and val/, a folder a class), or a "
+        "name of timm's create_dataset such as torch/cifar10 (default: %(default)s)",
+    )
+    group.add_argument("--data-path", metavar="DIR", help="where the data set lies; not needed for digits")
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
