@@ -19,8 +19,8 @@ def extract(model: VisionTransformer, widths: dict[str, int], share_memory: bool
 
     With share_memory it reads the super-network's memory wherever a cut is a contiguous view: faster and smaller, but
     not to be trained. Its blocks are timm's Block, Attention and Mlp; only a block with a bypassed branch is a
-    BypassBlock. Works on the meta device too, where it gives the structure without weights. Raises UserError for
-    widths that do not fit.
+    BypassBlock. It takes images (B, C, height, width) and gives logits (B, classes), as the model does. Works on the
+    meta device too, where it gives the structure without weights. Raises UserError for widths that do not fit.
     """
     check_widths(model, widths)
     # deepcopy takes what the memo holds instead of copying it: so the big weights are copied once, already cut.

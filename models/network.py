@@ -2,18 +2,17 @@
 
 The lines of the README, on the digits that `sh run_demo.sh` trains:
 
->>> from pathlib import Path
 >>> from PIL import Image
 >>> from models import count_macs, extract, load
->>> network = load("output/demo/peelable/digits", use_ema=True)  # or checkpoint_99.pth, or a sub-network's folder
+>>> network = load("output/demo/peelable/digits", use_ema=True)  # or a checkpoint, or the folder of a sub-network
 >>> model, table = network.model, network.table
 >>> sizes = {code: count_macs(model, table.widths(code)) for code in range(len(table))}  # op code: MACs for an image
->>> code = table.select(model, max_macs=200e3, max_memory=60e3)  # the largest that meets both; bytes
+>>> code = table.select(model, max_macs=200e3, max_memory=60e3)  # the largest size that meets both; memory in bytes
 >>> small = extract(model, table.widths(code))  # plain timm modules
->>> logits = small(network.read(Image.open("digit.png"))[None])  # the image as the model was trained to see it
->>> print(logits.softmax(-1).topk(3).indices.shape, sizes[code] <= 200e3)
-torch.Size([1, 3]) True
->>> _ = network.save(Path("output/small"), small, op_code=code)  # load("output/small") opens it
+>>> logits = small(network.read(Image.open("digit.png"))[None])  # the image as timm's configuration of the model says
+>>> print(sizes[code] <= 200e3, logits.shape)
+True torch.Size([1, 10])
+>>> config = network.save("output/small", small, op_code=code)  # load("output/small") opens it
 """
 
 from __future__ import annotations

@@ -21,7 +21,10 @@ MAX_OP_CODES, MAX_MODULES = 100_000, 10_000
 
 
 class MaskTable:
-    """Rows of widths, one an op code: row 0 is the whole network, and no width grows from one row to the next."""
+    """Rows of widths, one an op code: row 0 is the whole network, and no width grows from one row to the next.
+
+    Widths: module key, such as "3.attn" or "3.mlp" -> dims per head, or hidden units; 0 where the branch is bypassed.
+    """
 
     def __init__(self, rows: list[dict[str, int]], meta: dict[str, Any] | None = None):
         """rows: widths of op code 0, 1, ...; meta: plain values kept in the file's "meta" key.
