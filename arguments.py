@@ -21,11 +21,21 @@ RECIPES = {
 }
 
 
-def amount(text: str) -> float:
-    try:
-        return parse_amount(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an amount such as 2.4G or 12M") from error
+def quantity(kind: str, example: str) -> Callable[[str], float]:
+    """An argparse type: a positive amount with a unit of this kind."""
+
+    def parse(text: str) -> float:
+        try:
+            return parse_amount(text, kind)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {example}") from error
+
+    return parse
+
+
+amount = quantity("amount", "an amount such as 2.4G or 12M")
+memory = quantity("bytes", "an amount of memory such as 40MB or 12MiB")
+duration = quantity("seconds", "a time such as 5ms or 0.2s")
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
@@ -94,14 +104,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data-set",
-        default="folder",
-        metavar="NAME",
-        help=f"digits (embedded), {', '.join(FOLDER_NAMES)} (train/ and val/, a folder a class), or a "
-        "name of timm's create_dataset such as torch/cifar10 (default: %(default)s)",
-    )
-    group.add_argument("--data-path", metavar="DIR", help="where the data set lies; not needed for digits")
+    add_data_set(group, default="folder")
     group.add_argument(
         "--proxy-samples",
         type=positive,
@@ -136,6 +139,18 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_data_set(group: argparse._ArgumentGroup, default: str | None) -> None:
+    """Which images."""
+    group.add_argument(
+        "--data-set",
+        default=default,
+        metavar="NAME",
+        help=f"digits (embedded), {', '.join(FOLDER_NAMES)} (train/ and val/, a folder a class), or a "
+        "name of timm's create_dataset such as torch/cifar10 (default: %(default)s)",
+    )
+    group.add_argument("--data-path", metavar="DIR", help="where the data set lies; not needed for digits")
+
+
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -161,6 +176,57 @@ def add_dropout_ratio(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_amp(group: argparse._ArgumentGroup) -> None:
+    """The type that a model is run in."""
+    group.add_argument(
+        "--amp",
+        choices=("bfloat16", "float16"),
+        nargs="?",
+        const="bfloat16",
+        help="mixed precision; --amp alone is bfloat16 (default: float32)",
+    )
+
+
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which sub-networks: by op code, or the largest within a budget."""
+    group = parser.add_argument_group(
+        "sizes",
+        "One budget with several values lists several sizes; several budgets, one value each, ask for the one largest "
+        "size that meets them all.",
+    )
+    group.add_argument(
+        "--op-code",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="sizes by op code: 0 is the whole network, -1 the smallest",
+    )
+    # None, not an empty list, where a run's settings of before had no such flag: it can still be resumed.
+    for flag, kind, default, example, what in (
+        ("--macs-ratio", float, [], "X", "at most this share of the whole network's MACs, 0..1"),
+        ("--macs", amount, [], "2.4G", "at most so many MACs for an image"),
+        ("--params", amount, [], "12M", "at most so many parameters"),
+        ("--memory", memory, None, "40MB", "at most so much memory for the weights; B, KB, MB, GB, or MiB for 2^20"),
+        (
+            "--latency",
+            duration,
+            None,
+            "5ms",
+            "at most so long for a batch of --batch-size on --device under --amp: sizes are measured by bisection, "
+            "and kept in latency.json beside the mask table; us, ms or s",
+        ),
+        ("--throughput", amount, None, "2000", "at least so many images a second, measured as --latency is"),
+    ):
+        group.add_argument(flag, type=kind, nargs="+", default=default, metavar=example, help=what)
+    group.add_argument(
+        "--macs-convention",
+        choices=CONVENTIONS,
+        default="linear",
+        help="linear layers alone, as the paper counts, or with the attention products (default: %(default)s)",
+    )
+
+
 def parse_main_arguments() -> argparse.Namespace:
     """main.py's flags; the defaults of the optimization group are those of --stage."""
     parser = argparse.ArgumentParser(
@@ -177,6 +243,7 @@ def parse_main_arguments() -> argparse.Namespace:
     group.add_argument("--eval", action="store_true", help="evaluate sub-networks instead of training")
     add_common_arguments(parser)
     _add_super_network_arguments(parser)
+    add_size_arguments(parser)
     _add_optimization_arguments(parser)
     _add_augmentation_arguments(parser)
     _add_checkpoint_arguments(parser)
@@ -197,31 +264,7 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="with --eval: weights to cut to the same widths, shown beside the super-network's",
     )
-    group.add_argument(
-        "--op-code",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="N",
-        help="sizes by op code: 0 is the whole network, -1 the smallest",
-    )
-    group.add_argument(
-        "--macs-ratio",
-        type=float,
-        nargs="+",
-        default=[],
-        metavar="X",
-        help="sizes by share of the whole network's MACs, 0..1",
-    )
-    group.add_argument("--macs", type=amount, nargs="+", default=[], metavar="2.4G", help="sizes by MACs for an image")
-    group.add_argument("--params", type=amount, nargs="+", default=[], metavar="12M", help="sizes by parameters")
     group.add_argument("--frontier", type=positive, metavar="N", help="N sizes, evenly spaced in MACs")
-    group.add_argument(
-        "--macs-convention",
-        choices=CONVENTIONS,
-        default="linear",
-        help="linear layers alone, as the paper counts, or with the attention products (default: %(default)s)",
-    )
     group.add_argument(
         "--compensate",
         action=argparse.BooleanOptionalAction,
@@ -281,13 +324,7 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="decay of the averaged weights, 0 = none (default: %(default)s)",
     )
-    group.add_argument(
-        "--amp",
-        choices=("bfloat16", "float16"),
-        nargs="?",
-        const="bfloat16",
-        help="mixed precision; --amp alone is bfloat16 (default: float32)",
-    )
+    add_amp(group)
 
 
 def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:

@@ -90,13 +90,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def check_output_dir(folder: Path) -> None:
+def check_output_dir(folder: Path, flag: str = "--output-dir") -> None:
     """Raises UserError, before any work is done, where the folder could not be made or written to. Makes nothing."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise UserError(f"--output-dir {folder}: {existing} is a file")
+        raise UserError(f"{flag} {folder}: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output-dir {folder}: no permission to write to {existing}")
+        raise UserError(f"{flag} {folder}: no permission to write to {existing}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from utils import (
     seed_everything,
     world,
 )
-from wpac.compensation import COMPENSATION, load_compensation
+from wpac.compensation import compensate_from
 from wpac.refit import refit
 
 NOT_SETTINGS = {
@@ -135,10 +135,13 @@ def start_model(args: argparse.Namespace, num_classes: int) -> Start:
     weights = {"checkpoint": args.checkpoint, "num_classes": num_classes, "use_ema": args.use_ema}
     if args.stage == "finetune":
         model, table = load_super_network(args.model, model_kwargs, mask_table=args.mask_table, **weights)
-        grade = compensated(args, model)
+        grade = compensate_from(args.checkpoint, model, args.compensate)
         op_codes = frontier.chosen_op_codes(args, model, table)
-        if len(op_codes) != 1 or not (args.op_code or args.macs_ratio or args.macs or args.params):
-            raise UserError("finetune trains one size: give one of --op-code, --macs-ratio, --macs, --params")
+        if len(op_codes) != 1 or not frontier.asks_for_size(args):
+            raise UserError(
+                "finetune trains one size: give --op-code, or one value of --macs-ratio, --macs, --params, --memory, "
+                "--latency, --throughput, or of several of them"
+            )
         small = extract(model, table.widths(op_codes[0]))
         fit_head(small, num_classes, remake=True)
         return Start(small, op_codes[0], model, grade)
@@ -147,20 +150,6 @@ def start_model(args: argparse.Namespace, num_classes: int) -> Start:
     model = load_backbone(args.model, model_kwargs, pretrained=args.pretrained, **weights)
     fit_head(model, num_classes, remake=args.stage == "pretrain")
     return Start(make_elastic(model) if args.stage == "piad" else model)
-
-
-def compensated(args: argparse.Namespace, model: Backbone) -> str:
-    """Gives the super-network its compensation, if there is one and --no-compensate does not say otherwise.
-
-    Returns the grade of what is cut from it: "cut" or "compensated".
-    """
-    path = Path(args.checkpoint).parent / COMPENSATION
-    if args.compensate is False or (args.compensate is None and not path.exists()):
-        return "cut"
-    if not path.exists():
-        raise UserError(f"--compensate: {path} does not exist; reparam.py --method best writes it")
-    load_compensation(path, model)
-    return "compensated"
 
 
 def start_training(args: argparse.Namespace, model: Backbone, num_classes: int, device: torch.device) -> Training:
@@ -276,7 +265,7 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
             num_classes=val_images.num_classes,
             use_ema=args.use_ema,
         )
-        grade = compensated(args, model)
+        grade = compensate_from(args.checkpoint, model, args.compensate)
         op_codes, weights = frontier.chosen_op_codes(args, model, table), args.checkpoint
         config = preprocessing(model, data_overrides(args))
     fit_head(model, val_images.num_classes, remake=False)

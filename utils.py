@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import os
+import platform
 import random
 import signal
 import sys
@@ -140,6 +141,28 @@ def init_processes(args: argparse.Namespace) -> torch.device:
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: this PyTorch sees no CUDA device; use --device cpu")
     return init_distributed_device(args)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device, where it works on its own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """What a measurement of time holds for: the name of the GPU, or of the processor and the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def world() -> tuple[int, int]:

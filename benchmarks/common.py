@@ -24,6 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from models.backbone import create_backbone
+from utils import cpu_model, synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
 PROC_STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -102,7 +103,7 @@ def describe_machine(device: torch.device, threads: int | None = None) -> dict[s
     """The machine and the libraries that a measurement holds for; threads: of the processes that do the work."""
     affinity = getattr(os, "sched_getaffinity", None)
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": threads or torch.get_num_threads(),
@@ -110,13 +111,6 @@ def describe_machine(device: torch.device, threads: int | None = None) -> dict[s
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def random_batch(model: VisionTransformer, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -133,12 +127,6 @@ def make_model(args: argparse.Namespace, device: torch.device) -> VisionTransfor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Time
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the device, where it works on its own."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def cpu_seconds() -> float:

@@ -38,7 +38,6 @@ from models.loading import load_backbone
 from models.macs import count_macs
 from models.taylor import COSTS
 from piad.mask_table import MaskTable
-from piad.selection import largest_within
 from plots import plot_alternatives
 from utils import UserError, init_processes, progress_bar, run_program
 from wpac.compensation import COMPENSATION, load_compensation
@@ -156,7 +155,7 @@ class Study:
 
 def sizes_of(model: VisionTransformer, table: MaskTable) -> dict[str, VisionTransformer]:
     whole = count_macs(model)
-    codes = {size: largest_within(model, table, max_macs=part * whole) for size, part in SHARES.items()}
+    codes = {size: table.select(model, max_macs=part * whole) for size, part in SHARES.items()}
     return {size: extract(model, table.widths(code)) for size, code in codes.items()}
 
 

@@ -36,7 +36,6 @@ from models.extraction import extract
 from models.macs import count_macs
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
-from piad.selection import largest_within
 from plots import plot_contraction
 from reparam import table_without_training
 from utils import init_processes, progress_bar, run_program
@@ -172,7 +171,7 @@ class Study(CutStudy):
             widths = {module: int(width * share) for module, width in full_widths(self.base).items()}
             macs = count_macs(self.base, widths)
             if table:
-                widths = table.widths(largest_within(self.base, table, max_macs=macs))
+                widths = table.widths(table.select(self.base, max_macs=macs))
             start = time.perf_counter()
             small = extract(ready.model, widths)
             if method.refitted:

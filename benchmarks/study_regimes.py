@@ -37,7 +37,6 @@ from models.loading import load_backbone
 from models.macs import count_macs
 from piad import dropout_list, importance
 from piad.mask_table import MaskTable
-from piad.selection import largest_within
 from plots import plot_regimes
 from utils import init_processes, progress_bar, run_program
 
@@ -160,7 +159,7 @@ class Study:
         val = eval_loader(self.val, config, batch_size=256, workers=self.args.workers)
         smallest, found = count_macs(self.base, table.widths(-1)), {}
         for name, part in SHARES.items():
-            code = largest_within(self.base, table, max_macs=max(part * whole, smallest))
+            code = table.select(self.base, max_macs=max(part * whole, smallest))
             small = extract(self.base, table.widths(code)).to(self.device)
             found[name] = evaluate(small, val, self.device)["top1"]
         return found

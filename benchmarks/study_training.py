@@ -35,7 +35,6 @@ from models.extraction import extract
 from models.loading import load_backbone
 from models.macs import count_macs
 from piad.mask_table import MaskTable
-from piad.selection import largest_within
 from utils import run_program
 from wpac.compensation import COMPENSATION, load_compensation
 
@@ -85,7 +84,7 @@ def accuracies(variant: str, contracted: Path, checkpoint: Path) -> dict[str, fl
     smallest = count_macs(model, table.widths(-1))
     found = {}
     for share in SHARES:
-        code = largest_within(model, table, max_macs=max(share * whole, smallest))
+        code = table.select(model, max_macs=max(share * whole, smallest))
         found[f"{share:g}"] = evaluate(extract(model, table.widths(code)), val, torch.device("cpu"))["top1"]
     return found
 

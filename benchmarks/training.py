@@ -23,7 +23,6 @@ from benchmarks.common import (
     peak_bytes,
     random_batch,
     ratio,
-    synchronize,
     timing_numbers,
 )
 from benchmarks.sizes import half_widths
@@ -32,6 +31,7 @@ from models.elastic import make_elastic, set_widths
 from models.extraction import extract
 from models.macs import count_macs, count_params
 from models.taylor import COSTS, collect
+from utils import synchronize
 from wpac.statistics import collect_statistics
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,9 +20,10 @@ def extract(model: Backbone, widths: dict[str, int], share_memory: bool = False)
     """The sub-network of `model` at `widths`, on memory of its own.
 
     With share_memory it reads the super-network's memory wherever a cut is a contiguous view: faster and smaller, but
-    not to be trained. Its blocks, attentions and MLPs are timm's; only a block with a bypassed branch is one of ours,
-    and, where v alone is cut (backbone.cuts_v_alone), the two layers that v goes through. Works on the meta device
-    too, where it gives the structure without weights. Raises UserError for widths that do not fit.
+    not to be trained. It takes images (B, C, height, width) and gives logits (B, classes), as the model does. Its
+    blocks, attentions and MLPs are timm's; only a block with a bypassed branch is one of ours, and, where v alone is
+    cut (backbone.cuts_v_alone), the two layers that v goes through. Works on the meta device too, where it gives the
+    structure without weights. Raises UserError for widths that do not fit.
     """
     check_widths(model, widths)
     family = family_of(model)

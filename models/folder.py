@@ -65,9 +65,9 @@ def load_subnetwork(folder: Path) -> tuple[Backbone, dict[str, Any]]:
     for key, width in config["widths"].items():
         if type(width) is not int:
             raise UserError(f"{folder / CONFIG}: widths: {shown(key)} is {shown(repr(width))}, not a whole number")
-    _check_model_kwargs(config["model"], config["model_kwargs"], folder / CONFIG)
+    check_model_kwargs(config["model"], config["model_kwargs"], folder / CONFIG)
     model = extract(_structure(config["model"], config["model_kwargs"]), config["widths"])
-    _check_preprocessing(config["preprocessing"], model, folder / CONFIG)
+    check_preprocessing(config["preprocessing"], model, folder / CONFIG)
     load_weights(model, load_checkpoint(folder / WEIGHTS), str(folder / WEIGHTS), assign=True)
     return model.eval(), config
 
@@ -81,8 +81,11 @@ def _structure(name: str, model_kwargs: dict[str, Any]) -> Backbone:
     return create_backbone(name, **model_kwargs) if made else model  # such as window masks, which are computed
 
 
-def _check_model_kwargs(name: str, model_kwargs: dict[str, Any], path: Path) -> None:
-    """A config is data from elsewhere: it may shape the network; timm's other arguments name files and hubs."""
+def check_model_kwargs(name: str, model_kwargs: dict[str, Any], path: Path) -> None:
+    """Raises UserError for arguments in the file at `path` that do more than shape the network.
+
+    A file is data from elsewhere, and timm's other arguments name files and hubs.
+    """
     family = family_named(name)
     if family is None:
         create_backbone(name)  # which says why not
@@ -98,7 +101,9 @@ def _check_model_kwargs(name: str, model_kwargs: dict[str, Any], path: Path) -> 
             raise UserError(f"{path}: model_kwargs: {key} is {shown(value)}, beyond {largest}")
 
 
-def _check_preprocessing(preprocessing: dict[str, Any], model: Backbone, path: Path) -> None:
+def check_preprocessing(preprocessing: dict[str, Any], model: Backbone, path: Path) -> None:
+    """Raises UserError, naming the file at `path`, for a data configuration that is not one of the model."""
+
     def numbers(value: Any, count: int, low: float, high: float) -> bool:
         numeric = isinstance(value, list) and len(value) == count and all(type(n) in (int, float) for n in value)
         return numeric and all(low <= n <= high for n in value)

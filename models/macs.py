@@ -41,6 +41,7 @@ def count_macs(model: Backbone, widths: dict[str, int] | None = None, convention
     """MACs for one image of the model as it stands, or of its sub-network at `widths`.
 
     Patch embedding and merging, blocks and head(s); `convention` is "linear" or "full" (see macs_per_dim).
+    Raises ValueError for another convention.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"MACs convention {convention!r} is not one of {CONVENTIONS}")

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from files import read_json, shown, write_text
+from models.backbone import Backbone
 from utils import UserError
+
+from .latency import Latencies
+from .selection import largest_within
 
 SMALLEST = -1  # the op code of the smallest network, whatever the number of codes
 # Far above any network and any list of units: a file that claims more is refused before it is expanded.
@@ -16,7 +20,10 @@ MAX_OP_CODES, MAX_MODULES = 100_000, 10_000
 
 
 class MaskTable:
-    """Rows of widths, one an op code: row 0 is the whole network, and no width grows from one row to the next."""
+    """Rows of widths, one an op code: row 0 is the whole network, and no width grows from one row to the next.
+
+    Widths: module key, such as "3.attn" or "3.mlp" -> dims per head, or hidden units; 0 where the branch is bypassed.
+    """
 
     def __init__(self, rows: list[dict[str, int]], meta: dict[str, Any] | None = None):
         """rows: widths of op code 0, 1, ...; meta: plain values kept in the file's "meta" key.
@@ -52,6 +59,34 @@ class MaskTable:
         if not (op_code == SMALLEST or 0 <= op_code < len(self)):
             raise UserError(f"op code {op_code} is not in the mask table, which has 0..{len(self) - 1} and -1")
         return dict(self.rows[op_code])
+
+    def select(
+        self,
+        model: Backbone,
+        *,
+        max_macs: float | None = None,
+        max_params: float | None = None,
+        max_memory: float | None = None,
+        max_latency: float | None = None,
+        min_throughput: float | None = None,
+        convention: str = "linear",
+        latencies: Latencies | None = None,
+    ) -> int:
+        """The op code of the largest sub-network of `model`, the super-network, that meets all limits given.
+
+        max_macs: for one image, as `convention` counts ("linear" or "full").  max_params.  max_memory: bytes of the
+        weights.  max_latency: seconds of a batch.  min_throughput: images a second.  The last two are measured as
+        `latencies` say, or for batches of one image where the model is, and kept nowhere; what is found then is the
+        largest of the sizes that bisection measured (see piad.selection.largest_within).
+        Raises UserError where no size meets the limits, naming the smallest one, or the fastest.
+        """
+        limits = {"macs": max_macs, "params": max_params, "memory": max_memory, "latency": max_latency}
+        limits = {key: limit for key, limit in limits.items() if limit is not None}
+        if max_latency is not None or min_throughput is not None:
+            latencies = latencies or Latencies(model, self)
+        if min_throughput is not None:
+            limits["latency"] = min(limits.get("latency", float("inf")), latencies.batch_size / min_throughput)
+        return largest_within(model, self, limits, convention, latencies)
 
     def check(self, full: dict[str, int], model_name: str) -> None:
         """Raises UserError unless the table is one for a model of these full widths, op code 0 being all of it."""

@@ -190,6 +190,12 @@ SIZES = [
     case("too few MACs to fine-tune", (*FINETUNE, "--macs", "1K"), "no sub-network has at most 1K MACs", *SMALLEST),
     case("too few MACs as they are counted in full", (*EVAL, "--macs", "1K", "--macs-convention", "full"),
          "no sub-network has at most 1K MACs", "MACs (full)"),
+    case("too little memory", (*EVAL, "--memory", "1KB"), "no sub-network has at most 1 KB of weights", "the smallest"),
+    case("a latency that no size meets", (*EVAL, "--latency", "0.001us"), "no sub-network takes at most 1e-06 ms for "
+         "256 images on", "the fastest, op code"),
+    case("a throughput that no size meets", (*EVAL, "--throughput", "1000G"), "no sub-network takes at most"),
+    case("several sizes and several budgets", (*EVAL, "--macs", "100K", "50K", "--params", "20K"),
+         "--macs has 2 values beside --params", "give --macs one value"),
     *(case(f"a share of {share}", (*EVAL, f"--macs-ratio={share}"), f"--macs-ratio {share}")
       for share in ("0.0", "1.5", "-0.5", "nan")),
     case("fine-tuning at no size", FINETUNE, "--op-code", "--macs-ratio", "--params"),

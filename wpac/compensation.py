@@ -234,3 +234,18 @@ def load_compensation(path: Path, model: Backbone) -> None:
         lower = mean.new_zeros(len(mean), len(mean))
         lower[tuple(torch.tril_indices(*lower.shape))] = tensors[f"{key}.lower"].float()
         _attach(model, module, Compensation(mean, lower, tensors[f"{key}.positions"]))
+
+
+def compensate_from(checkpoint: Path, model: Backbone, wanted: bool | None = None) -> str:
+    """Gives the model, of this checkpoint, the compensation that lies beside it; None: if there is one.
+
+    Returns the grade of what is cut from it: "cut" or "compensated". Raises UserError where one is wanted and is not
+    there, or is of other weights.
+    """
+    path = Path(checkpoint).parent / COMPENSATION
+    if wanted is False or (wanted is None and not path.exists()):
+        return "cut"
+    if not path.exists():
+        raise UserError(f"--compensate: {path} does not exist; reparam.py --method best writes it")
+    load_compensation(path, model)
+    return "compensated"

@@ -33,6 +33,7 @@ def contract(
     Returns the spectra: for "<block>.attn" (2, d), the share of variance (fisher: of the effect) of each dim of q and
     k together and of v, over all heads, or (1, d), v's, where v alone is cut; for "<block>.mlp" (M,), the share of
     importance of each hidden unit.
+    Raises KeyError for statistics of another model.
     """
     spectra, blocks = {}, blocks_of(model)
     for key, module in modules_of(model).items():

@@ -1,0 +1,127 @@
+"""Time of extracted models against their MACs: sizes of one table, each batch size, eager and compiled.
+
+Run from the repository root:  python -m benchmarks.latency
+On a GPU:                      python -m benchmarks.latency --device cuda --model deit_small_patch16_224 --amp
+A quick look, in seconds:      python -m benchmarks.latency --sizes 3 --batch-sizes 1 --modes eager --repeats 2
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from benchmarks.common import (
+    Row,
+    alternate,
+    describe_machine,
+    make_model,
+    make_parser,
+    milliseconds,
+    positive,
+    prepare,
+    random_batch,
+    report,
+    timing_numbers,
+)
+from benchmarks.sizes import tables
+from models.backbone import full_widths
+from models.extraction import extract
+from models.macs import count_macs
+from piad.mask_table import MaskTable
+from piad.selection import evenly_spaced
+from utils import run_program
+
+MODES = ("eager", "compile")
+OP_CODES = 400  # of the table that the sizes are taken from, where no --mask-table is given
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """torch.compile for one shape of input, the whole model in one graph."""
+    # All sizes share one forward in the code, and each counts as a recompilation of it: the limit is for accidents.
+    torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 1000
+    return torch.compile(model, dynamic=False, fullgraph=True)
+
+
+@torch.inference_mode()
+def forward(model: nn.Module, images: Tensor, amp: torch.dtype | None) -> Tensor:
+    with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
+        return model(images)
+
+
+def measure_sizes(
+    args: argparse.Namespace, device: torch.device, models: dict[int, VisionTransformer], mode: str, batch_size: int
+) -> list[Row]:
+    """A row for each op code: its time over that of the ideal line, which goes through (0, 0) and the whole network."""
+    images, _ = random_batch(models[0], batch_size, device)
+    amp = torch.bfloat16 if args.amp else None
+    variants = {
+        str(code): partial(forward, compiled(model) if mode == "compile" else model, images, amp)
+        for code, model in models.items()
+    }
+    seconds = alternate(variants, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)
+    rows, larger = [], float("inf")
+    for code, model in models.items():
+        own, whole = milliseconds(seconds[str(code)]), milliseconds(seconds["0"])
+        share = count_macs(model) / count_macs(models[0])
+        rows.append(
+            Row(
+                f"{mode}, batch {batch_size}, op code {code}, {share:.1%} of the MACs, {own:.4g} ms"
+                + (", slower than the size before" if own > larger else ""),
+                "the ideal line, time",
+                own / (share * whole),
+                numbers=facts_of(model)
+                | {"mode": mode, "batch_size": batch_size, "op_code": code, "macs_share": share}
+                | {"slower_than_larger": own > larger}
+                | timing_numbers({"size": seconds[str(code)], "whole": seconds["0"]}, "whole"),
+            )
+        )
+        larger = own
+    slower = [row.numbers["op_code"] for row in rows if row.numbers["slower_than_larger"]]
+    what = f"{mode}, batch {batch_size}: sizes slower than the next larger one"
+    rows.append(Row(what, "-", len(slower), 0, unit="", bound=f"op codes {slower}", numbers={"op_codes": slower}))
+    return rows
+
+
+def facts_of(model: VisionTransformer) -> dict[str, Any]:
+    """What may decide a size's time: its MACs, and the distinct dims per head and hidden units of its modules."""
+    widths = full_widths(model)
+    return {
+        "macs": count_macs(model),
+        "macs_full": count_macs(model, convention="full"),
+        "head_dims": sorted({width for key, width in widths.items() if key.endswith(".attn")}),
+        "hidden_units": sorted({width for key, width in widths.items() if key.endswith(".mlp")}),
+        "bypassed": sum(width == 0 for width in widths.values()),
+    }
+
+
+def main() -> None:
+    parser = make_parser(__doc__.splitlines()[0], model="deit_tiny_patch16_224", batch_size=1, repeats=20)
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 64], help="in place of --batch-size")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="how a model is run")
+    parser.add_argument("--sizes", type=positive, default=12, help="how many, evenly spaced in MACs")
+    parser.add_argument("--mask-table", type=Path, help="of --model; None: one of random importance, from --seed")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    args = parser.parse_args()
+    device = prepare(args, parser)
+    model = make_model(args, device).eval()
+    table = MaskTable.load(args.mask_table) if args.mask_table else tables(model, (2, OP_CODES), args.seed)[1]
+    table.check(full_widths(model), args.model)
+    models = {code: extract(model, table.widths(code)) for code in evenly_spaced(model, table, args.sizes)}
+    rows = [
+        row
+        for mode in args.modes
+        for batch_size in args.batch_sizes
+        for row in measure_sizes(args, device, models, mode, batch_size)
+    ]
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    report(rows, settings, describe_machine(device))
+
+
+if __name__ == "__main__":
+    run_program(main)

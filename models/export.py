@@ -1,0 +1,323 @@
+"""Sub-networks as files for elsewhere: a folder, a .pt2 for torch alone, an .onnx for onnxruntime alone.
+
+python -m models.export output/peelable/digits --macs 200K --format folder onnx torch-export --output output/small
+python -m models.export output/peelable/digits --all 12 --format onnx --output output/sizes
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ParseKwargs
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import frontier
+from arguments import add_amp, add_data_set, add_size_arguments, positive
+from datasets import Images, eval_loader, open_images
+from engine import evaluate
+from files import check_output_dir, write_text
+from models.backbone import Backbone
+from models.extraction import extract
+from models.folder import load_subnetwork
+from models.loading import fit_head
+from models.macs import CONVENTIONS
+from models.network import Network, load
+from piad.latency import LATENCY, Latencies
+from piad.selection import count_sizes
+from utils import UserError, init_processes, progress_bar, run_program, say, seed_everything
+
+OPSET = 18
+IMAGES = 16  # random ones, and real ones, that an export is checked on
+LIMIT = 1e-4  # relative error, float32
+LARGEST_FILE = 1.5e9  # bytes of weights inside an .onnx; a protobuf holds 2 GB
+NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
+Logits = Callable[[Tensor], Tensor]
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_arguments(args)
+    device = init_processes(args)
+    seed_everything(args.seed)
+    network = load(
+        args.network,
+        name=args.model,
+        model_kwargs=args.model_kwargs,
+        use_ema=args.use_ema,
+        compensate=args.compensate,
+    )
+    op_codes = choose(args, network)
+    images = open_images(args.data_set, args.data_path, "val") if args.data_set else None
+    checks = check_images(network, images)
+    rows = []
+    with whole_folder(args.output) as folder:
+        for code in progress_bar(op_codes, "sizes"):
+            small = extract(network.model, network.table.widths(code)).float().eval()
+            row = measure(args, network, small, code, images, device)
+            place = folder / f"op_{code}" if len(op_codes) > 1 else folder
+            rows.append(row | write_formats(args.format, network, small, row, place, folder, checks))
+        index = {
+            "source": network.source.name,
+            "model": network.name,
+            "grade": network.grade,
+            "input": "images, float32 (batch, channels, height, width), prepared as preprocessing says",
+            "output": "logits, float32 (batch, classes)",
+            "preprocessing": network.preprocessing,
+            "sizes": rows,
+        }
+        write_text(folder / "index.json", json.dumps(index, indent=1) + "\n")
+    say(f"written: {args.output}, {len(rows)} size{'s' if len(rows) > 1 else ''}, and index.json")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m models.export",
+        description="Export sub-networks, each checked against the model it was made from.",
+    )
+    group = parser.add_argument_group("what to export")
+    group.add_argument(
+        "network",
+        type=Path,
+        metavar="SUPER_OR_SUB",
+        help="a super-network's folder or weights, or a sub-network's folder",
+    )
+    group.add_argument("--model", metavar="NAME", help="timm's name, for weights that do not say it")
+    group.add_argument(
+        "--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="with --model"
+    )
+    group.add_argument("--eval-ema", action="store_true", dest="use_ema", help="the averaged weights")
+    group.add_argument(
+        "--compensate",
+        action=argparse.BooleanOptionalAction,
+        help="sub-networks make up for what they lost (default: where compensation.safetensors is)",
+    )
+    add_size_arguments(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--all", type=positive, dest="frontier", metavar="N", help="N sizes, evenly spaced in MACs")
+    group.add_argument(
+        "--format",
+        nargs="+",
+        default=["folder"],
+        metavar="FORMAT",
+        help=f"one or more of {', '.join(FORMATS)} (default: folder)",
+    )
+    group.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the files go")
+    group.add_argument("--force", action="store_true", help="write over files of the same names in --output")
+    group = parser.add_argument_group("checks and measurements")
+    add_data_set(group, default=None)
+    group.add_argument(
+        "--measure",
+        nargs="+",
+        choices=("latency", "top1"),
+        default=[],
+        help="for index.json: latency as --latency measures it, top-1 on val/ of --data-set (default: what is known)",
+    )
+    group.add_argument(
+        "--batch-size", type=positive, default=1, metavar="N", help="images, for latency (default: %(default)s)"
+    )
+    add_amp(group)
+    group.add_argument("--device", default="auto", help="for measurements: cpu, cuda, cuda:1, or auto")
+    group.add_argument("--seed", type=int, default=0, help="of the random images (default: %(default)s)")
+    return parser.parse_args()
+
+
+def choose(args: argparse.Namespace, network: Network) -> list[int]:
+    """The op codes that the flags ask for; a sub-network has but one. Raises UserError where none is asked for."""
+    if frontier.asks_for_size(args) or args.frontier:
+        args.checkpoint, args.mask_table = network.source, None
+        return frontier.chosen_op_codes(args, network.model, network.table)
+    if len(network.table) > 1:
+        raise UserError(f"{args.network} has {len(network.table)} sizes: give --macs, another budget, or --all 12")
+    return [0]
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises UserError, before any work is done, for what cannot be exported so."""
+    for name in args.format:
+        if name not in FORMATS:
+            raise UserError(f"--format {name} is not known: {', '.join(FORMATS)}")
+        missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
+        if missing:
+            raise UserError(
+                f"--format {name} needs {', '.join(missing)}: python -m pip install -r requirements-export.txt"
+            )
+    if "top1" in args.measure and not args.data_set:
+        raise UserError("--measure top1 needs --data-set")
+    check_output_dir(args.output, "--output")
+    if args.output.exists() and any(args.output.iterdir()) and not args.force:
+        raise UserError(f"--output {args.output} exists and is not empty: give another folder, or --force")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `folder`; at the end its files are moved there, index.json last."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield temporary
+        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == "index.json"):
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    finally:
+        shutil.rmtree(temporary)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A size
+
+
+def measure(
+    args: argparse.Namespace,
+    network: Network,
+    small: Backbone,
+    code: int,
+    images: Images | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The size's op code, MACs, params, memory (bytes); latency and top1 where they are asked for or known."""
+    amp = getattr(torch, args.amp) if args.amp else None
+    linear, full = (count_sizes(small, convention=convention) for convention in CONVENTIONS)
+    row: dict[str, Any] = {"op_code": code, **linear, "macs": {"linear": linear["macs"], "full": full["macs"]}}
+    beside = network.source.parent / LATENCY
+    latencies = Latencies(network.model, network.table, batch_size=args.batch_size, amp=amp, device=device, path=beside)
+    seconds = latencies.of(code) if "latency" in args.measure else latencies.seconds.get(code)
+    if seconds is not None:
+        where = {key: latencies.key[key] for key in ("device", "batch_size", "dtype", "torch")}
+        row["latency"] = {"seconds": seconds, **where}
+    if "top1" in args.measure:
+        fit_head(small, images.num_classes, remake=False)
+        row["top1"] = evaluate(small.to(device), loader(network, images, 64), device)["top1"]
+        small.to("cpu")
+    elif isinstance(network.facts.get("accuracy"), dict):
+        row["top1"] = network.facts["accuracy"].get("top1")
+    return row
+
+
+def loader(network: Network, images: Images, batch_size: int) -> DataLoader:
+    return eval_loader(images, network.preprocessing, batch_size=batch_size, workers=0)
+
+
+def check_images(network: Network, images: Images | None) -> dict[str, Tensor]:
+    """What exports are checked on, by what it is: random images, and some of the data set if there is one."""
+    found = {"random images": torch.randn(IMAGES, *network.preprocessing["input_size"])}
+    if images is not None:
+        some = images.subset(range(min(IMAGES, len(images))))
+        found["real images"] = next(iter(loader(network, some, IMAGES)))[0]
+    return found
+
+
+def write_formats(
+    names: list[str],
+    network: Network,
+    small: Backbone,
+    row: dict[str, Any],
+    place: Path,
+    folder: Path,
+    checks: dict[str, Tensor],
+) -> dict[str, Any]:
+    """Writes one size and checks what was written; the files, relative to `folder`, and the relative errors.
+
+    Raises UserError for an export that does not give what the model gives.
+    """
+    place.mkdir(exist_ok=True)
+    size = Size(network, small, row)
+    entry: dict[str, dict[str, Any]] = {"files": {}, "relative_error": {}}
+    for name in dict.fromkeys(names):
+        path, logits_of = FORMATS[name](size, place)
+        errors = {what: relative_error(logits_of, small, images) for what, images in checks.items()}
+        words = ", ".join(f"{error:.1e} on {len(checks[what])} {what}" for what, error in errors.items())
+        if not all(error < LIMIT for error in errors.values()):  # a NaN is no error below the limit
+            raise UserError(f"{name} of op code {row['op_code']} differs from the model, relative error {words}")
+        say(f"op code {row['op_code']}, {name}: relative error {words}")
+        entry["files"][name] = str(path.relative_to(folder))
+        entry["relative_error"][name] = errors
+    return entry
+
+
+@torch.no_grad()
+def relative_error(logits_of: Logits, model: Backbone, images: Tensor) -> float:
+    """The largest difference of the logits as a share of the largest logit, for one image and for all at once."""
+    expected = model(images)
+    found = torch.cat([logits_of(images[:1]), logits_of(images)[1:]])
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats: each writes a size into a folder, and gives the path and what the written file makes of images
+
+
+@dataclass
+class Size:
+    """A sub-network, what is known of it, and, once it is asked for, its graph."""
+
+    network: Network
+    small: Backbone
+    row: dict[str, Any]
+    graph: torch.export.ExportedProgram | None = None
+
+    def program(self) -> torch.export.ExportedProgram:
+        """The model as torch.export sees it, for any number of images."""
+        if self.graph is None:
+            images = torch.randn(2, *self.network.preprocessing["input_size"])
+            batch = torch.export.Dim("batch", min=1)
+            self.graph = torch.export.export(self.small, (images,), dynamic_shapes=({0: batch},))
+            for node in self.graph.graph.nodes:
+                node.meta.pop("stack_trace", None)  # it names folders of this machine
+        return self.graph
+
+
+def write_folder(size: Size, folder: Path) -> tuple[Path, Logits]:
+    known = ("model", "model_kwargs", "widths", "preprocessing", "macs", "params", "grade")
+    facts = {key: value for key, value in size.network.facts.items() if key not in known}
+    if not size.network.facts:
+        facts["op_code"] = size.row["op_code"]
+        facts |= {"accuracy": {"top1": size.row["top1"]}} if "top1" in size.row else {}
+    size.network.save(folder, size.small, **facts)
+    return folder, load_subnetwork(folder)[0]
+
+
+def write_torch_export(size: Size, folder: Path) -> tuple[Path, Logits]:
+    path = folder / "model.pt2"
+    torch.export.save(size.program(), path)
+    return path, torch.export.load(path).module()
+
+
+def write_onnx(size: Size, folder: Path) -> tuple[Path, Logits]:
+    import onnxruntime  # only here: an optional package
+
+    path = folder / "model.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about its own parts
+        torch.onnx.export(
+            size.program(),
+            f=path,
+            input_names=["images"],
+            output_names=["logits"],
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=size.row["memory"] > LARGEST_FILE,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return path, lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+FORMATS = {"folder": write_folder, "torch-export": write_torch_export, "onnx": write_onnx}
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,141 @@
+"""The latency of sub-networks: measured on extracted models, on this device, and kept beside the mask table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from files import read_json, write_text
+from models.backbone import Backbone
+from models.extraction import extract
+from utils import UserError, device_name, gather_over_ranks, is_main_process, progress_bar, say, synchronize
+
+if TYPE_CHECKING:
+    from .mask_table import MaskTable
+
+LATENCY = "latency.json"
+WARMUP = 3  # runs before the timed ones: memory is taken, kernels are chosen
+FEWEST, MOST = 7, 100  # timed runs
+SECONDS = 1.0  # no further run is begun after so long, once the fewest are done
+
+
+@torch.inference_mode()
+def measure_latency(model: Backbone, batch_size: int, amp: torch.dtype | None = None) -> float:
+    """Seconds of a forward of `batch_size` random images, on the model's device and in its type, or under autocast.
+
+    The median of 7 to 100 runs, as many as begin within a second, after 3 that do not count; each is waited for.
+    """
+    parameter = next(model.parameters())
+    device = parameter.device
+    size = (batch_size, model.in_chans, *model.patch_embed.img_size)
+    images = torch.randn(size, device=device, dtype=parameter.dtype)
+    training = model.training
+    model.eval()
+    seconds: list[float] = []
+    with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+        for run in range(WARMUP + MOST):
+            synchronize(device)
+            start = time.perf_counter()
+            model(images)
+            synchronize(device)
+            seconds += [time.perf_counter() - start] if run >= WARMUP else []
+            if len(seconds) >= FEWEST and sum(seconds) >= SECONDS:
+                break
+    model.train(training)
+    return statistics.median(seconds)
+
+
+class Latencies:
+    """Seconds of a batch by op code, each measured when it is first asked for.
+
+    seconds: those known.  where: the batch, the device and the type in words.
+    """
+
+    def __init__(
+        self,
+        model: Backbone,
+        table: MaskTable,
+        *,
+        batch_size: int = 1,
+        amp: torch.dtype | None = None,
+        device: torch.device | None = None,
+        path: Path | None = None,
+    ):
+        """device: where to measure (default: where the model is).  path: a latency.json to read and to add to.
+
+        Only figures of the same device, threads, batch size, type, torch version, architecture and table are taken
+        from it. Raises UserError for a file that is none.
+        """
+        parameter = next(model.parameters())
+        self.model, self.table, self.batch_size, self.amp = model, table, batch_size, amp
+        self.device = device or parameter.device
+        self.path = path if is_main_process() else None
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        self.key = {
+            "device": device_name(self.device),
+            "batch_size": batch_size,
+            "dtype": f"{dtype}, autocast to {str(amp).removeprefix('torch.')}" if amp else dtype,
+            "torch": torch.__version__,
+            "network": _fingerprint(model, table),
+        }
+        images = "1 image" if batch_size == 1 else f"{batch_size} images"
+        self.where = f"{images} on {self.key['device']} ({self.key['dtype']})"
+        mine = next((entry["seconds"] for entry in self._entries() if self._is_mine(entry)), {})
+        known = gather_over_ranks([mine.get(str(code), 0.0) for code in range(len(table))])[0]
+        self.seconds: dict[int, float] = {code: seconds for code, seconds in enumerate(known) if seconds}
+
+    def of(self, op_code: int) -> float:
+        """The seconds of an op code. With several processes the first one measures, and all get its figure."""
+        own = self.seconds.get(op_code, 0.0)
+        if is_main_process() and op_code not in self.seconds:
+            own = self._measured(op_code)
+        own = gather_over_ranks([own])[0][0]
+        self.seconds[op_code] = own
+        return own
+
+    def _measured(self, op_code: int) -> float:
+        for _ in progress_bar(range(1), f"latency of op code {op_code}"):
+            small = extract(self.model, self.table.widths(op_code)).to(self.device)
+            self.seconds[op_code] = measure_latency(small, self.batch_size, self.amp)
+        if self.path is not None:
+            mine = {**self.key, "seconds": {str(code): self.seconds[code] for code in sorted(self.seconds)}}
+            entries = [entry for entry in self._entries() if not self._is_mine(entry)]
+            try:
+                write_text(self.path, json.dumps([*entries, mine], indent=1) + "\n")
+            except UserError as error:  # a super-network may lie where nothing can be written
+                say(f"latencies are measured anew each time: {error}")
+                self.path = None
+        return self.seconds[op_code]
+
+    def _is_mine(self, entry: dict[str, Any]) -> bool:
+        return all(entry.get(key) == value for key, value in self.key.items())
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """What the file holds: an entry for each device, batch size, type, torch version and network."""
+        if self.path is None or not self.path.exists():
+            return []
+        entries = read_json(self.path)
+        if not isinstance(entries, list) or not all(map(_is_entry, entries)):
+            raise UserError(f"{self.path} does not hold latencies; delete it, they are measured anew")
+        return entries
+
+
+def _is_entry(entry: Any) -> bool:
+    seconds = entry.get("seconds") if isinstance(entry, dict) else None
+    return isinstance(seconds, dict) and all(
+        code.isdecimal() and code.isascii() and type(value) in (int, float) and 0 < value < float("inf")
+        for code, value in seconds.items()
+    )
+
+
+def _fingerprint(model: Backbone, table: MaskTable) -> str:
+    """Changes with the architecture, the size of the images and the table; not with the values of the weights."""
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    text = json.dumps([shapes, list(model.patch_embed.img_size), table.rows], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,268 @@
+"""Exports: each file opens where neither this repository nor timm is, and gives what the model gives."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from programs import MODEL, NAME, ROOT, Road, exit_code, run, snapshot
+from safetensors.torch import save_file
+
+from models import export as program
+from models import load
+from models.export import relative_error
+from models.extraction import extract
+from models.macs import count_macs, count_params
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in program.NEEDS["onnx"]),
+    reason="needs requirements-export.txt",
+)
+
+# What a fresh process runs: images.npy beside the file to logits.npy. Nothing of ours can be imported there.
+ALONE = """
+import sys
+for name in {blocked}:
+    sys.modules[name] = None  # an import of it fails
+for name in ("models", "piad", "files", "utils"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    sys.exit(f"{{name}} can be imported")
+import numpy as np
+images = np.load(sys.argv[2])
+{body}
+np.save(sys.argv[3], logits)
+"""
+BODIES = {
+    "torch-export": (["timm", "onnxruntime"], """
+import torch
+logits = torch.export.load(sys.argv[1]).module()(torch.from_numpy(images)).detach().numpy()
+"""),
+    "onnx": (["timm", "torch"], """
+import onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+(taken,) = session.get_inputs()
+logits = session.run(None, {taken.name: images})[0]
+"""),
+}  # fmt: skip
+
+
+def export(road: Road, folder: Path, *flags: object) -> dict:
+    run("export.py", road.peelable, *flags, "--output", folder, "--device", "cpu")
+    return json.loads((folder / "index.json").read_text())
+
+
+def run_alone(code: str, file: Path, images: np.ndarray, folder: Path, *flags: str) -> np.ndarray:
+    """The logits that a fresh isolated Python makes of the images, from a folder that is not the repository's."""
+    np.save(folder / "images.npy", images)
+    command = [sys.executable, *flags, "-c", code, str(file), str(folder / "images.npy"), str(folder / "logits.npy")]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return np.load(folder / "logits.npy")
+
+
+@pytest.mark.parametrize("name", ["torch-export", pytest.param("onnx", marks=needs_onnx)])
+def test_a_file_opens_alone_at_any_batch_size(name: str, road: Road, tmp_path: Path, capsys):
+    index = export(road, tmp_path / "out", "--op-code", 5, "--format", name, "--data-set", "digits")
+    (row,) = index["sizes"]
+    said = capsys.readouterr().out
+    for what, error in row["relative_error"][name].items():
+        assert 0 <= error < 1e-4 and f"{error:.1e} on 16 {what}" in said
+    assert row["relative_error"][name].keys() == {"random images", "real images"}
+    network = load(road.peelable)
+    small = extract(network.model, network.table.widths(5))
+    blocked, body = BODIES[name]
+    for count in (1, 3):
+        images = torch.randn(count, *index["preprocessing"]["input_size"])
+        code = ALONE.format(blocked=blocked, body=body)
+        found = run_alone(code, tmp_path / "out" / row["files"][name], images.numpy(), tmp_path, "-I")
+        with torch.no_grad():
+            np.testing.assert_allclose(found, small(images).numpy(), rtol=1e-4, atol=1e-5)
+
+
+@needs_onnx
+def test_the_onnx_file_says_what_it_takes(road: Road, tmp_path: Path):
+    import onnx
+
+    export(road, tmp_path, "--op-code", 1, "--format", "onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(model)
+    assert next(entry.version for entry in model.opset_import if not entry.domain) >= 17
+    (taken,), (given,) = model.graph.input, model.graph.output
+    assert (taken.name, given.name) == ("images", "logits")
+    shape = taken.type.tensor_type.shape.dim
+    assert shape[0].dim_param and [place.dim_value for place in shape[1:]] == [1, 16, 16]
+
+
+@pytest.mark.parametrize("name", ["torch-export", pytest.param("onnx", marks=needs_onnx)])
+def test_files_name_no_folder_of_this_machine(name: str, road: Road, tmp_path: Path):
+    (row,) = export(road, tmp_path / "out", "--op-code", 1, "--format", name)["sizes"]
+    content = (tmp_path / "out" / row["files"][name]).read_bytes()
+    for folder in (ROOT, tmp_path, Path(torch.__file__).parent.parent):
+        assert str(folder).encode() not in content
+
+
+def test_a_folder_opens_with_models_load_in_a_fresh_process(road: Road, tmp_path: Path):
+    index = export(road, tmp_path / "out", "--macs-ratio", 0.5)
+    network = load(road.peelable)
+    small = extract(network.model, network.table.widths(index["sizes"][0]["op_code"]))
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np, torch, models
+network = models.load(sys.argv[1])
+np.save(sys.argv[3], network.model(torch.from_numpy(np.load(sys.argv[2]))).detach().numpy())
+"""
+    images = torch.randn(3, 1, 16, 16)
+    found = run_alone(code, tmp_path / "out", images.numpy(), tmp_path, "-I")
+    with torch.no_grad():
+        np.testing.assert_allclose(found, small(images).numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_is_plain_files(road: Road, tmp_path: Path):
+    """Without this repository: the weights with safetensors, the rest with json."""
+    export(road, tmp_path / "out", "--op-code", 5)
+    code = ALONE.format(blocked=["timm"], body="""
+import json, pathlib
+from safetensors.numpy import load_file
+folder = pathlib.Path(sys.argv[1])
+config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+heads = 3
+widths = [len(weights[f"blocks.{i}.attn.qkv.weight"]) // 3 // heads if f"blocks.{i}.attn.qkv.weight" in weights else 0
+          for i in range(2)]
+assert widths == [config["widths"][f"{i}.attn"] for i in range(2)]
+logits = np.array([sum(value.size for value in weights.values()) == config["params"]])
+""")  # fmt: skip
+    assert run_alone(code, tmp_path / "out", np.zeros(1), tmp_path, "-I").all()
+
+
+def test_all_sizes_are_in_one_index(road: Road, tmp_path: Path):
+    measured = ("--measure", "latency", "top1", "--data-set", "digits")
+    peelable = tmp_path / "peelable"  # latency.json is written beside the table
+    shutil.copytree(road.peelable, peelable)
+    run("export.py", peelable, "--all", 3, *measured, "--format", "folder", "--output", tmp_path / "out",
+        "--device", "cpu")  # fmt: skip
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    network = load(peelable)
+    assert [row["op_code"] for row in index["sizes"]][::2] == [0, len(network.table) - 1] and len(index["sizes"]) == 3
+    for row in index["sizes"]:
+        widths = network.table.widths(row["op_code"])
+        assert row["files"] == {"folder": f"op_{row['op_code']}"}
+        small = load(tmp_path / "out" / row["files"]["folder"])
+        assert small.table.rows == [widths] and small.facts["accuracy"] == {"top1": row["top1"]}
+        macs = {convention: count_macs(network.model, widths, convention) for convention in ("linear", "full")}
+        assert row["macs"] == macs and row["params"] == count_params(network.model, widths)
+        assert row["memory"] == 4 * row["params"] and 0 <= row["top1"] <= 100
+        assert row["latency"]["seconds"] > 0 and row["latency"]["batch_size"] == 1
+    assert index["preprocessing"] == network.preprocessing
+    # What is known is told without being measured again, and what is not known is left out.
+    run("export.py", peelable, "--op-code", 0, 1, "--output", tmp_path / "again", "--device", "cpu")
+    rows = json.loads((tmp_path / "again" / "index.json").read_text())["sizes"]
+    assert rows[0]["latency"] == index["sizes"][0]["latency"] and not {"latency", "top1"} & rows[1].keys()
+
+
+def test_a_sub_network_is_exported_as_it_is(road: Road, tmp_path: Path):
+    run("export.py", road.peeled, "--format", "folder", "torch-export", "--output", tmp_path, "--device", "cpu")
+    (row,) = json.loads((tmp_path / "index.json").read_text())["sizes"]
+    before, after = load(road.peeled), load(tmp_path)
+    assert after.facts == before.facts and row["top1"] == before.facts["accuracy"]["top1"]
+    images = torch.randn(3, 1, 16, 16)
+    assert torch.equal(after.model(images), before.model(images))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    assert exit_code("export.py", *arguments, "--device", "cpu") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("export.py: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--format", "onyx", "--op-code", 0), ("--format onyx is not known: folder, torch-export, onnx",)),
+        ((), ("sizes: give --macs", "--all 12")),
+        (("--macs", "1K"), ("no sub-network has at most 1K MACs",)),
+        (("--latency", "0.001us"), ("no sub-network takes at most 1e-06 ms", "the fastest, op code")),
+        (("--macs", "100K", "50K", "--memory", "1MB"), ("--macs has 2 values beside --memory",)),
+        (("--op-code", 0, "--measure", "top1"), ("--measure top1 needs --data-set",)),
+        (("--op-code", 0, "--data-set", "folder", "--data-path", "/none"), ("/none does not exist",)),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(flags: tuple, says: tuple, road: Road, tmp_path: Path, capsys):
+    line = refused(capsys, road.peelable, *flags, "--output", tmp_path / "out")
+    assert all(part in line for part in says)
+    assert snapshot(tmp_path) == {}
+
+
+def test_a_missing_package_is_named_with_what_to_type(road: Road, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "onnx" in name else real(name))
+    line = refused(capsys, road.peelable, "--op-code", 0, "--format", "folder", "onnx", "--output", tmp_path / "out")
+    assert "--format onnx needs onnx, onnxruntime, onnxscript: python -m pip install -r requirements-export.txt" in line
+    assert (ROOT / "requirements-export.txt").is_file() and snapshot(tmp_path) == {}
+
+
+def test_a_folder_that_is_no_network(tmp_path: Path, capsys):
+    (tmp_path / "bare").mkdir()
+    line = refused(capsys, tmp_path / "bare", "--op-code", 0, "--output", tmp_path / "out")
+    assert "bare is not a super-network" in line and "mask_table.json" in line and "config.json" in line
+    assert "none does not exist" in refused(capsys, tmp_path / "none", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_do_not_say_their_model(road: Road, tmp_path: Path, capsys):
+    save_file(road.weights(), tmp_path / "released.safetensors")
+    shutil.copy(road.mask_table, tmp_path)
+    asked = (tmp_path / "released.safetensors", "--op-code", 3, "--output", tmp_path / "out")
+    assert "released.safetensors does not say of which model it is" in refused(capsys, *asked)
+    run("export.py", *asked, *MODEL, "--device", "cpu")
+    assert load(tmp_path / "out").name == NAME
+
+
+def test_an_output_that_exists_is_written_over_only_with_force(road: Road, tmp_path: Path, capsys):
+    output = tmp_path / "out"
+    export(road, output, "--op-code", 3)
+    (output / "notes.txt").write_text("mine")
+    before = snapshot(tmp_path)
+    line = refused(capsys, road.peelable, "--op-code", 5, "--output", output)
+    assert "exists and is not empty" in line and "--force" in line and snapshot(tmp_path) == before
+    export(road, output, "--op-code", 5, "--force")
+    assert load(output).facts["op_code"] == 5
+    assert snapshot(tmp_path).keys() == before.keys() and (output / "notes.txt").read_text() == "mine"
+    line = refused(capsys, road.peelable, "--op-code", 5, "--output", output / "notes.txt", "--force")
+    assert "--output " in line and "notes.txt is a file" in line
+
+
+def test_an_export_that_differs_is_not_written(road: Road, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    def off(size: program.Size, folder: Path) -> tuple[Path, program.Logits]:
+        path, logits_of = program.write_folder(size, folder)
+        return path, lambda images: logits_of(images) * 1.001
+
+    monkeypatch.setitem(program.FORMATS, "folder", off)
+    line = refused(capsys, road.peelable, "--op-code", 3, "--output", tmp_path / "out")
+    assert "folder of op code 3 differs from the model, relative error 1.0e-03 on 16 random images" in line
+    assert snapshot(tmp_path) == {}
+
+
+def test_relative_error_sees_one_image_and_a_nan(road: Road):
+    model, images = load(road.peeled).model, torch.randn(4, 1, 16, 16)
+    assert relative_error(model, model, images) < 1e-6
+    assert relative_error(lambda batch: model(batch) * (2 if len(batch) == 1 else 1), model, images) > 1e-3
+    assert not relative_error(lambda batch: model(batch) * float("nan"), model, images) < 1e-4
