@@ -15,7 +15,7 @@ from tiny import random_backbone
 
 from models.backbone import full_widths, modules_of
 from models.extraction import extract
-from models.macs import count_macs, count_params, macs_per_dim, tokens_of
+from models.macs import count_macs, count_params, macs_per_dim
 from piad import latency
 from piad.dropout_list import grow, unit_sizes
 from piad.latency import LATENCY, Latencies, measure_latency
@@ -30,7 +30,7 @@ def network() -> tuple[VisionTransformer, MaskTable]:
     model = random_backbone(dtype=torch.float32)
     modules = modules_of(model)
     importance = {key: torch.arange(module.width, 0, -1).double().numpy() for key, module in modules.items()}
-    macs = {key: macs_per_dim(module, tokens_of(model)) for key, module in modules.items()}
+    macs = {key: macs_per_dim(module) for key, module in modules.items()}
     return model, grow(MaskTable([full_widths(model)]), importance, unit_sizes(modules), macs, 0.9 * count_macs(model))
 
 
