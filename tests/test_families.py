@@ -7,6 +7,7 @@ import json
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from main import start_training
 from models.backbone import blocks_of, create_backbone, family_of, first_layers, full_widths, modules_of, value_layer
 from models.elastic import ValueLayer, ValueProjection, make_elastic, set_widths
+from models.export import Size
 from models.extraction import extract
 from models.folder import load_subnetwork, save_subnetwork
 from models.macs import count_macs, count_params, fixed_macs
@@ -292,6 +294,16 @@ def test_a_folder_gives_back_the_same_model(family, data, tmp_path):
     save_subnetwork(tmp_path, small, name=name, model_kwargs=model_kwargs, preprocessing=config)
     found, _ = load_subnetwork(tmp_path)
     assert torch.equal(found(data[0].float()), small(data[0].float()))
+
+
+@EACH
+def test_an_exported_graph_takes_any_number_of_images(family, data):
+    model = made(family).float()
+    small = extract(model, some_widths(model)).eval()
+    graph = Size(SimpleNamespace(preprocessing={"input_size": (3, 32, 32)}), small, {}).program().module()
+    for count in (1, 3):
+        images = data[0][:count].float()
+        assert relative(graph(images), small(images)) < 1e-5
 
 
 def test_where_v_alone_is_cut_q_and_k_cost_what_they_cost():
