@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import scalars
 from PIL import Image
 from programs import (
     COMMON,
@@ -214,12 +215,15 @@ def test_no_size_asked_for_means_the_whole_and_the_smallest(road: Road, tmp_path
     assert [row["op_code"] for row in read_rows(tmp_path)] == [0, len(super_network(road)[1]) - 1]
 
 
-def test_frontier_files_agree(frontier: Path):
+def test_frontier_files_agree(road: Road, frontier: Path):
     rows = read_rows(frontier)
     with (frontier / "frontier.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert [{key: float(value) for key, value in line.items()} for line in table] == rows
     facts = json.loads((frontier / "frontier.json").read_text())
+    table_of_widths = MaskTable.load(road.mask_table)
+    assert [row.pop("widths") for row in rows] == [table_of_widths.widths(row["op_code"]) for row in rows]
+    assert [{key: float(value) for key, value in line.items()} for line in table] == rows
+    assert facts["full_widths"] == table_of_widths.widths(0)
     assert facts["images"] == 360 and facts["averaged_weights"] is False
     assert facts["weights"].endswith("checkpoint_1.pth")
     with Image.open(frontier / "frontier.png") as picture:
@@ -402,14 +406,6 @@ def run_until(monkeypatch: pytest.MonkeyPatch, updates: int, *arguments: object)
     time.sleep(1.1)  # TensorBoard orders its files by the second
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every TensorBoard scalar of a run: name -> (step, value), as its readers see them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
 def assert_runs_are_equal(found: Path, expected: Path) -> None:
     """Bit for bit: weights, averaged weights, optimizer, table, log, scalars."""
     assert_same(load_checkpoint(found / "checkpoint_2.pth"), load_checkpoint(expected / "checkpoint_2.pth"))
@@ -421,7 +417,8 @@ def assert_runs_are_equal(found: Path, expected: Path) -> None:
 def test_an_unhurt_run_leaves_every_step_once(unhurt: Path):
     steps = {tag: [step for step, _ in values] for tag, values in scalars(unhurt).items()}
     assert steps["loss"] == steps["op_code"] == list(range(15))
-    assert steps["train_loss"] == steps["lr"] == [4, 9, 14]
+    assert steps["train_loss"] == steps["lr"] == steps["op_codes"] == steps["macs_share_smallest"] == [4, 9, 14]
+    assert steps["machine/images_per_second"] == steps["machine/peak_memory_MiB"] == [4, 9, 14]
     assert [line["epoch"] for line in log_lines(unhurt)] == [0, 1, 2]
     table = MaskTable.load(unhurt / "mask_table.json")
     assert all(0 <= code < len(table) for _, code in scalars(unhurt)["op_code"])
