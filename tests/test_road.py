@@ -141,6 +141,35 @@ def test_piad_trains_a_super_network(road: Road):
     assert lines[-1]["top1"] == pytest.approx((lines[-1]["top1_full"] + lines[-1]["top1_smallest"]) / 2)
 
 
+def test_piad_logs_what_is_sampled_and_how_the_table_grows(road: Road):
+    model, table = super_network(road)
+    logged = scalars(road.peelable)
+    share = [count_macs(model, row) / count_macs(model) for row in table.rows]
+    assert [value for _, value in logged["macs_share"]] == pytest.approx([share[int(c)] for _, c in logged["op_code"]])
+    lines = log_lines(road.peelable)
+    assert [line["macs_share_smallest"] for line in lines] == [share[line["op_codes"] - 1] for line in lines]
+    # The table of epoch 0 does not reach half of the MACs.
+    assert [name for name in lines[0] if name.startswith("top1_")] == ["top1_full", "top1_smallest"]
+    for name, limit in (("half", 0.5), ("quarter", 0.25)):
+        op_code = next(code for code, found in enumerate(share) if found <= limit)
+        row = {key: lines[1][f"{key}_{name}"] for key in ("top1", "top5", "loss")}
+        assert_measures(row, extract(model, table.widths(op_code)))
+    assert [step for step, _ in logged["widths"]] == [step for step, _ in logged["top1"]]
+    pictures = [picture for _, picture in logged["widths"]]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures) and pictures[0] != pictures[1]
+
+
+def test_wpac_logs_its_top1_and_spectra(road: Road):
+    logged = scalars(road.reparamed)
+    top1 = json.loads((road.reparamed / "contracted.json").read_text())["top1"]
+    expected = {100: top1["after"]} | {k: top1[f"at {k / 100:g} of the attention dims"] for k in (75, 50, 25)}
+    assert dict(logged["top1"]) == pytest.approx(expected)
+    assert logged["machine/images_per_second"] == logged["machine/peak_memory_MiB"] == [(0, None)]
+    assert len(logged["spectra"]) == 1
+    with Image.open(road.reparamed / "spectra.png") as picture:
+        assert picture.size[0] > 1000
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
