@@ -327,7 +327,10 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
 
     def machine(self, images_per_second: float, peak_memory: int, step: int) -> None:
-        """Speed, and memory in bytes: what hangs on the machine, and is another each time a run is repeated."""
+        """Speed, and memory in bytes: what hangs on the machine, and is another each time a run is repeated.
+
+        The speed is 0 for an epoch that was resumed after its last step.
+        """
         values = {"images_per_second": images_per_second, "peak_memory_MiB": peak_memory / 2**20}
         self.scalars({f"machine/{name}": value for name, value in values.items()}, step)
 

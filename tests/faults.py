@@ -356,8 +356,6 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float | bytes | None]]]:
     tb_logging.get_logger().setLevel("ERROR")  # that a resumed run begins before the end of the killed one is our wish
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
     found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    for tag, values in found.items():
-        assert all(value > 0 for _, value in values) or not tag.startswith("machine/"), tag
     found = {tag: [(s, None if tag.startswith("machine/") else v) for s, v in values] for tag, values in found.items()}
     pictures = {tag: events.Images(tag) for tag in events.Tags()["images"]}
     return found | {tag: [(p.step, p.encoded_image_string) for p in values] for tag, values in pictures.items()}
