@@ -165,6 +165,24 @@ def data_overrides(args: argparse.Namespace) -> dict[str, object]:
     return {key: getattr(args, key) for key in ("mean", "std", "interpolation", "crop_pct")}
 
 
+def super_network_words(args: argparse.Namespace) -> list[str]:
+    """The words with which main.py --eval opens this super-network again: all but sizes, speed and output folder."""
+    words = ["--model", args.model]
+    if args.model_kwargs:
+        words += ["--model-kwargs", *(f"{key}={value}" for key, value in args.model_kwargs.items())]
+    given = {key: getattr(args, key) for key in ("checkpoint", "mask_table", "data_set", "data_path")}
+    given |= data_overrides(args)
+    if args.refit:
+        given |= {"proxy_samples": args.proxy_samples, "seed": args.seed}
+    for key, value in given.items():
+        if value is not None:
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{key.replace('_', '-')}", *map(str, values)]
+    words += ["--eval-ema"] if args.use_ema else []
+    words += ["--refit"] if args.refit else []
+    return words + ([] if args.compensate is None else ["--compensate" if args.compensate else "--no-compensate"])
+
+
 def add_dropout_ratio(group: argparse._ArgumentGroup) -> None:
     """How far a mask table goes."""
     group.add_argument(

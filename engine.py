@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from timm.data import Mixup
@@ -28,6 +29,7 @@ from utils import (
     checksum,
     gather_over_ranks,
     mean_over_ranks,
+    peak_memory,
     progress_bar,
     reduce_sum,
     seed_everything,
@@ -35,6 +37,9 @@ from utils import (
     stop_signals,
     world,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class BothHeads(nn.Module):
@@ -165,6 +170,10 @@ class Regime(Protocol):
 
     def choose(self, *, epoch: int, step: int, rank: int) -> int: ...
 
+    def step_scalars(self) -> dict[str, float]: ...
+
+    def epoch_scalars(self) -> dict[str, float]: ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def save(self, folder: Path) -> None: ...
@@ -176,6 +185,7 @@ class Run:
 
     evaluate_epoch() gives what goes into the epoch's log line; its "top1" decides which epoch is the best.
     checkpoint_steps: also save each time so many steps of an epoch are done, 0 = only at its end.
+    draw_widths() gives a picture for TensorBoard each time there was an evaluation.
     """
 
     training: Training
@@ -188,6 +198,7 @@ class Run:
     regime: Regime | None = None
     eval_every: int = 1
     checkpoint_steps: int = 0
+    draw_widths: Callable[[], Figure] | None = None
 
     def fit(self, epochs: int) -> None:
         """Runs up to `epochs`. Asked to stop by a signal, it saves and raises Preempted, which says how to go on."""
@@ -210,6 +221,7 @@ class Run:
         self.scheduler.step(epoch)
         if self.regime and progress.step == 0:
             self.regime.begin_epoch(epoch)
+        start, done_before = time.perf_counter(), progress.losses.count
         train_one_epoch(
             self.training,
             self.loader.batches(epoch, progress.step),
@@ -220,20 +232,27 @@ class Run:
             choose=self.regime.choose if self.regime else None,
             after_step=self._after_step,
         )
+        images_per_second = world()[1] * (progress.losses.count - done_before) / (time.perf_counter() - start)
         check_agreement(self.training, self.regime)
         line = {"epoch": epoch, "lr": self.training.optimizer.param_groups[0]["lr"]}
         line |= mean_over_ranks({"train_loss": progress.losses.avg})
         if self.training.scaler is not None:
             line["skipped_steps"] = self.training.skipped_steps
+        line |= self.regime.epoch_scalars() if self.regime else {}
+        last_step = (epoch + 1) * steps - 1
         if (epoch + 1) % self.eval_every == 0 or last:
             line |= self.evaluate_epoch()
             if line["top1"] > progress.best_top1:
                 progress.best_epoch, progress.best_top1 = epoch, line["top1"]
-        self.log.epoch(line, (epoch + 1) * steps - 1)
+            if self.draw_widths:
+                self.log.figure("widths", self.draw_widths, last_step)
+        self.log.epoch(line, last_step)
+        self.log.machine(images_per_second, peak_memory(self.training.device), last_step)
         self._save(done=True)
 
     def _after_step(self, step: int, scalars: dict[str, float]) -> None:
         progress, steps = self.progress, self.loader.steps
+        scalars = scalars | (self.regime.step_scalars() if self.regime else {})
         self.log.scalars(scalars, progress.epoch * steps + step)
         progress.step = step + 1
         if self.checkpoint_steps and progress.step % self.checkpoint_steps == 0 and progress.step < steps:
@@ -333,11 +352,11 @@ def evaluate(
 ) -> dict[str, float]:
     """{"top1", "top5" (percent), "loss", "images_per_second"} over all ranks' batches.
 
-    images_per_second counts the model's own time, on this rank, without loading.
+    images_per_second counts the model's own time, on this rank, without loading: that of the median batch.
     """
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # correct at 1, at 5, loss, images
-    seconds = 0.0
+    seconds = []  # an image, of each batch
     for images, targets in batches:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         start = time.perf_counter()
@@ -347,13 +366,12 @@ def evaluate(
         loss = F.cross_entropy(logits, targets, reduction="sum")
         n = len(images)
         totals += torch.stack([top1 * n / 100, top5 * n / 100, loss, loss.new_tensor(n)])
-        seconds += time.perf_counter() - start
-    own_images = totals[3].item()
+        seconds.append((time.perf_counter() - start) / n)
     reduce_sum(totals)
     correct1, correct5, loss, images = totals.tolist()
     return {
         "top1": 100 * correct1 / images,
         "top5": 100 * correct5 / images,
         "loss": loss / images,
-        "images_per_second": own_images / max(seconds, 1e-9),
+        "images_per_second": 1 / max(statistics.median(seconds), 1e-9),
     }

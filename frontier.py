@@ -142,7 +142,7 @@ def evaluate_sizes(
     cut: Callable[[Backbone, dict[str, int]], Backbone] = extract,
     then: Callable[[Backbone, dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each op code: its size, counted on the extracted model, and its accuracy on the batches.
+    """A row for each op code: its widths and size, counted on the extracted model, and its accuracy on the batches.
 
     baseline: other weights of the same backbone, cut to the same widths; their top-1 goes into baseline_top1.
     cut: makes a sub-network of widths.  then(sub-network, row): what else is done with each.
@@ -151,7 +151,7 @@ def evaluate_sizes(
     for code in progress_bar(op_codes, "sizes"):
         widths = table.widths(code)
         small = cut(model, widths).to(device)
-        row = {"op_code": code, **describe(small), **evaluate(small, batches, device, amp)}
+        row = {"op_code": code, **describe(small), **evaluate(small, batches, device, amp), "widths": widths}
         if baseline is not None:
             row["baseline_top1"] = evaluate(extract(baseline, widths).to(device), batches, device, amp)["top1"]
         rows.append(row)
@@ -181,18 +181,28 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 
 
 def write_report(rows: list[dict[str, Any]], folder: Path, facts: dict[str, Any]) -> None:
-    """Prints the rows and writes frontier.txt, .csv, .json (with the facts) and .png, on the main process."""
+    """Prints the rows and writes frontier.txt, .csv, .json (with the facts) and .png, and widths.png.
+
+    On the main process. facts: title, device and batch_size of the measurement, and full_widths, without which there
+    is no widths.png.
+    """
     if not is_main_process():
         return
     print(table_of(rows))
     write_text(folder / "frontier.txt", table_of(rows) + "\n")
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys())
+    columns = [name for name in rows[0] if name != "widths"]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     write_text(folder / "frontier.csv", text.getvalue())
     write_text(folder / "frontier.json", json.dumps({**facts, "sizes": rows}, indent=1) + "\n")
-    from plots import plot_frontier  # only here: matplotlib is slow to import
+    from plots import plot_frontier, plot_widths  # only here: matplotlib is slow to import
 
-    plot_frontier(rows, folder / "frontier.png", facts["title"])
-    say(f"written: {folder}/frontier.txt, frontier.csv, frontier.json, frontier.png")
+    measured = f"{facts['batch_size']} at a time, {facts['device']}"
+    plot_frontier(rows, folder / "frontier.png", facts["title"], measured)
+    names = ["frontier.txt", "frontier.csv", "frontier.json", "frontier.png"]
+    if "full_widths" in facts:
+        plot_widths(rows, facts["full_widths"], folder / "widths.png")
+        names.append("widths.png")
+    say(f"written: {folder}/{', '.join(names)}")

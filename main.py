@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import Mixup
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import frontier
-from arguments import data_overrides, parse_main_arguments
+from arguments import data_overrides, parse_main_arguments, super_network_words
 from datasets import TrainLoader, eval_loader, open_images, open_splits, preprocessing, proxy_set
 from engine import BothHeads, Progress, Run, Training, evaluate
 from files import CheckpointFolder, RunLog, check_output_dir
@@ -32,7 +32,7 @@ from models.macs import count_params
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
 from piad.regimes import REGIMES
-from piad.selection import format_amount
+from piad.selection import format_amount, largest_within
 from piad.super_network import load_super_network
 from utils import (
     Interruptible,
@@ -48,10 +48,15 @@ from utils import (
 from wpac.compensation import compensate_from
 from wpac.refit import refit
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 NOT_SETTINGS = {
     *("output_dir", "resume", "checkpoint_steps", "keep_every", "eval_every", "eval", "frontier", "baseline"),
     *("device", "workers", "rank", "local_rank", "world_size", "distributed", "data_path"),
 }
+# Sizes that PIAD is evaluated at besides the whole network and the smallest, once the table reaches them.
+FIXED_SHARES = {"half": 0.5, "quarter": 0.25}
 
 
 def main() -> None:
@@ -112,6 +117,7 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
         regime=piad,
         eval_every=args.eval_every,
         checkpoint_steps=args.checkpoint_steps,
+        draw_widths=partial(widths_picture, piad) if piad else None,
     ).fit(args.epochs)
     if args.stage == "finetune":
         accuracy = evaluate(model, val, device)
@@ -218,13 +224,27 @@ def evaluate_whole(
 def evaluate_piad(
     piad: ProgressiveDropout, val: DataLoader, device: torch.device, amp: torch.dtype | None
 ) -> dict[str, float]:
-    """An epoch's accuracy of the whole super-network and of its smallest network; top1 is the mean of the two."""
-    line: dict[str, float] = {"op_codes": len(piad.table)}
-    for name, op_code in (("full", 0), ("smallest", -1)):
+    """An epoch's accuracy of the whole super-network, of half and a quarter of its MACs, and of its smallest network.
+
+    top1 is the mean of the whole and the smallest.
+    """
+    line: dict[str, float] = {}
+    sizes = {"full": 0, "smallest": -1}
+    for name, share in FIXED_SHARES.items():
+        if piad.macs_share(-1) <= share:  # the table reaches so far by now
+            sizes[name] = largest_within(piad.model, piad.table, max_macs=share * piad.network_macs)
+    for name, op_code in sizes.items():
         set_widths(piad.model, piad.table.widths(op_code))
         results = accuracy_of(evaluate(piad.model, val, device, amp))
         line |= {f"{key}_{name}": value for key, value in results.items()}
     return line | {"top1": (line["top1_full"] + line["top1_smallest"]) / 2}
+
+
+def widths_picture(piad: ProgressiveDropout) -> Figure:
+    """The widths of all sizes so far."""
+    from plots import draw_widths  # only here: matplotlib is slow to import
+
+    return draw_widths(piad.table.rows, piad.table.widths(0), list(map(str, range(len(piad.table)))), "op code")
 
 
 def accuracy_of(results: dict[str, float]) -> dict[str, float]:
@@ -286,6 +306,9 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
         )
         cut, grade = partial(refitted, images=[images for images, _ in proxy], device=device), "refitted"
     facts = {"weights": str(weights), "averaged_weights": args.use_ema, "grade": grade, "images": len(val_images)}
+    facts |= {"device": args.device, "batch_size": args.batch_size}
+    if not args.sub_network:
+        facts |= {"full_widths": table.widths(0), "arguments": super_network_words(args)}
     write = partial(write_sub_network, args, config, facts) if args.write_sub_networks else None
     rows = frontier.evaluate_sizes(
         model.eval(), table, op_codes, val, device, amp=amp, baseline=baseline, cut=cut, then=write

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from files import atomic_file
 
@@ -20,24 +22,87 @@ COLOURS = ("#999999", "#000000", ORANGE, "#E69F00", "#CC79A7", "#56B4E9", BLUE, 
 MARKERS = "sXo^vDPh*d"
 
 
-def plot_frontier(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Top-1 accuracy (percent) against MACs for one image; rows as evaluate_sizes() gives them."""
+def plot_frontier(rows: list[dict[str, Any]], path: Path, title: str, measured: str) -> None:
+    """Top-1 accuracy (percent) against MACs, and against measured milliseconds, for one image.
+
+    rows: as evaluate_sizes() gives them; measured: how their images_per_second were, in words.
+    """
     rows = sorted(rows, key=lambda row: row["macs_linear"])
     unit, name = (1e9, "GMACs") if rows[-1]["macs_linear"] >= 1e9 else (1e6, "million MACs")
     macs = [row["macs_linear"] / unit for row in rows]
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    axes.plot(macs, [row["top1"] for row in rows], "o-", color=BLUE, label="sub-networks of the super-network")
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    panels[0].plot(macs, [row["top1"] for row in rows], "o-", color=BLUE, label="sub-networks of the super-network")
     if "baseline_top1" in rows[0]:
         baseline = [row["baseline_top1"] for row in rows]
-        axes.plot(macs, baseline, "s--", color=ORANGE, label="same widths, contracted weights without PIAD")
-    axes.set(xlabel=f"{name} for one image (linear layers)", ylabel="top-1 accuracy, %", title=title)
-    axes.set_xlim(left=0)
-    axes.set_ylim(top=101)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+        panels[0].plot(macs, baseline, "s--", color=ORANGE, label="same widths, contracted weights without PIAD")
+    panels[0].set(xlabel=f"{name} for one image (linear layers)", ylabel="top-1 accuracy, %")
+    milliseconds = [1000 / row["images_per_second"] for row in rows]
+    panels[1].plot(milliseconds, [row["top1"] for row in rows], "o", color=BLUE)
+    panels[1].set(xlabel=f"milliseconds an image, {measured}")
+    for axes in panels:
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylim(top=101)
+    panels[0].legend(loc="lower right", frameon=False)
+    figure.suptitle(title)
     _save(figure, path)
+
+
+def draw_widths(sizes: list[dict[str, int]], full: dict[str, int], labels: list[str], xlabel: str) -> Figure:
+    """Share of each module's width that each size keeps: blocks down, sizes across, attention and MLP apart.
+
+    sizes: the widths of each; full: those of the whole network; labels: of the sizes, some of which are shown.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharey=True)
+    colours = matplotlib.colormaps["cividis_r"].with_extremes(bad="white")
+    for axes, (kind, name) in zip(panels, {"attn": "attention", "mlp": "MLP"}.items(), strict=True):
+        keys = [key for key in full if key.endswith(kind)]
+        kept = [[100 * widths[key] / full[key] if widths[key] else np.nan for widths in sizes] for key in keys]
+        image = axes.imshow(kept, cmap=colours, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+        every = -(-len(labels) // 12)
+        axes.set_xticks(range(0, len(labels), every), labels[::every])
+        axes.set(xlabel=xlabel, title=name)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[0].set(ylabel="block")
+    figure.colorbar(image, ax=panels, label="share of the width kept, % (white: bypassed)")
+    return figure
+
+
+def plot_widths(rows: list[dict[str, Any]], full: dict[str, int], path: Path) -> None:
+    """draw_widths() of evaluated sizes, from large to small; rows: as evaluate_sizes() gives them."""
+    rows = sorted(rows, key=lambda row: -row["macs_linear"])
+    labels = [f"{100 * row['macs_linear'] / rows[0]['macs_linear']:.0f}" for row in rows]
+    _save(draw_widths([row["widths"] for row in rows], full, labels, "size, % of the largest one's MACs"), path)
+
+
+def draw_spectra(spectra: dict[str, list[list[float]]], measure: str) -> Figure:
+    """Cumulative share (percent) of what the first dims of each module hold, a line a block.
+
+    spectra: module key -> the share of each dim, in order: of q and k together and of v, or of hidden units;
+    measure: what the attention's are shares of.
+    """
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained", sharey=True)
+    columns = {"q and k": ("attn", 0), "v": ("attn", 1), "MLP": ("mlp", 0)}
+    blocks = max(int(key.split(".")[0]) for key in spectra) + 1
+    for axes, (name, (kind, row)) in zip(panels, columns.items(), strict=True):
+        for key in (key for key in spectra if key.endswith(kind)):
+            shares = spectra[key][row]
+            kept = [100 * k / len(shares) for k in range(len(shares) + 1)]
+            colour = matplotlib.colormaps["viridis"](0.9 * int(key.split(".")[0]) / max(blocks - 1, 1))
+            axes.plot(kept, 100 * np.cumsum([0, *shares]), color=colour, linewidth=1.2, label=key.split(".")[0])
+        axes.plot([0, 100], [0, 100], color="black", linewidth=0.8, linestyle=":")
+        of = "dims per head" if kind == "attn" else "hidden units"
+        axes.set(xlabel=f"first {of}, %", title=f"{name}: {measure if kind == 'attn' else 'importance'}")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel="share in the first dims, %")
+    panels[2].legend(title="block", frameon=False, fontsize=8, ncols=-(-blocks // 8), loc="lower right")
+    return figure
+
+
+def plot_spectra(spectra: dict[str, list[list[float]]], path: Path, measure: str) -> None:
+    _save(draw_spectra(spectra, measure), path)
 
 
 def plot_contraction(rows: list[dict[str, Any]], whole: dict[str, Any], path: Path, title: str) -> None:

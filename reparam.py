@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader
 from arguments import add_common_arguments, add_dropout_ratio, data_overrides, decimal
 from datasets import eval_loader, open_splits, preprocessing, proxy_set
 from engine import evaluate
-from files import atomic_file, check_output_dir, write_text
+from files import TensorBoard, atomic_file, check_output_dir, write_text
 from models.backbone import Backbone, full_widths, modules_of
 from models.extraction import extract
 from models.loading import fit_head, load_backbone
@@ -22,7 +24,16 @@ from models.macs import count_macs, fixed_macs, macs_per_dim
 from models.taylor import COSTS
 from piad.dropout_list import grow, unit_sizes
 from piad.mask_table import MaskTable
-from utils import UserError, init_processes, is_main_process, progress_bar, run_program, say, seed_everything
+from utils import (
+    UserError,
+    init_processes,
+    is_main_process,
+    peak_memory,
+    progress_bar,
+    run_program,
+    say,
+    seed_everything,
+)
 from wpac.allocation import dim_errors
 from wpac.compensation import COMPENSATION, DAMPING, compensate, save_compensation
 from wpac.statistics import collect_statistics
@@ -32,6 +43,7 @@ SHARES = (0.25, 0.5, 0.75)
 
 
 # --method: basis and order.
+MEASURES = {"wpac": "weighted variance", "fisher": "effect on scores and loss"}  # by which a basis orders dims
 METHODS = {"paper": ("wpac", "taylor"), "best": ("fisher", "fisher")}
 
 
@@ -63,6 +75,7 @@ def main() -> None:
     probe = next(iter(proxy))[0].to(device)
     before = logits_of(model, probe)
     top1_before = evaluate(model, val_batches, device)["top1"] if val else None
+    start = time.perf_counter()
     statistics = collect_statistics(
         model,
         progress_bar(proxy, "statistics"),
@@ -70,6 +83,7 @@ def main() -> None:
         squared=args.order == "hessian",
         outputs=args.method == "best" or "fisher" in (args.basis, args.order),
     )
+    images_per_second = len(proxy.dataset) / (time.perf_counter() - start)
     spectra = contract(model, statistics, args.basis, args.order, args.damping)
     if args.method == "best":
         without = compensate(model, statistics.outputs, args.damping)
@@ -101,6 +115,7 @@ def main() -> None:
     if args.mask_table:
         table = table_without_training(model, dim_errors(model, statistics, args.damping), args)
     save(model, facts, table, args.output_dir)
+    show(spectra, facts, args.output_dir, images_per_second, peak_memory(device))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -165,8 +180,7 @@ def report(facts: dict) -> None:
     say(f"largest difference of the logits before and after: {facts['logit_difference']:.1e} of the largest logit")
     for key in facts.get("not_compensated", []):
         say(f"{key} is cut without compensation: with it the proxy images come out worse; more of them may help")
-    measure = "effect on scores and loss" if facts["basis"] == "fisher" else "weighted variance"
-    say(f"share of {measure} (MLP: of importance) in the first 1/4, 1/2, 3/4 of the dims:")
+    say(f"share of {MEASURES[facts['basis']]} (MLP: of importance) in the first 1/4, 1/2, 3/4 of the dims:")
     for key, parts in facts["shares"].items():
         say(f"  {key:>8}  " + "   ".join(f"{name} " + " ".join(f"{v:.3f}" for v in row) for name, row in parts.items()))
 
@@ -177,8 +191,13 @@ def truncated_top1(model: Backbone, batches: DataLoader, device: torch.device) -
     for share in reversed(SHARES):
         widths = {k: int(w * share) if k.endswith(".attn") else w for k, w in full_widths(model).items()}
         small = extract(model, widths)
-        results[f"at {share:g} of the attention dims"] = evaluate(small, batches, device)["top1"]
+        results[truncated(share)] = evaluate(small, batches, device)["top1"]
     return results
+
+
+def truncated(share: float) -> str:
+    """The name of a model that is cut so."""
+    return f"at {share:g} of the attention dims"
 
 
 def table_without_training(model: Backbone, errors: dict[str, np.ndarray], args: argparse.Namespace) -> MaskTable:
@@ -206,6 +225,28 @@ def save(model: Backbone, facts: dict, table: MaskTable | None, folder: Path) ->
     if table:
         table.save(folder / "mask_table.json")
         say(f"written: {folder / 'mask_table.json'}, {len(table)} sizes, without training")
+
+
+def show(spectra: dict[str, torch.Tensor], facts: dict, folder: Path, images_per_second: float, memory: int) -> None:
+    """Writes spectra.png, and TensorBoard: the picture, top-1, and speed and memory of the statistics.
+
+    There is one pass and no step: a point of top-1 stands at the percentage of the attention dims that are kept.
+    """
+    if not is_main_process():
+        return
+    from plots import draw_spectra, plot_spectra  # only here: matplotlib is slow to import
+
+    shares = {key: np.atleast_2d(spectrum.cpu().numpy()).tolist() for key, spectrum in spectra.items()}
+    measure = MEASURES[facts["basis"]]
+    plot_spectra(shares, folder / "spectra.png", measure)
+    say(f"written: {folder / 'spectra.png'}")
+    log = TensorBoard(folder)
+    log.figure("spectra", partial(draw_spectra, shares, measure), 0)
+    top1 = facts.get("top1", {})
+    for share, name in {1.0: "after", **{share: truncated(share) for share in SHARES}}.items() if top1 else ():
+        log.scalars({"top1": top1[name]}, round(100 * share))
+    log.machine(images_per_second, memory, 0)
+    log.close()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Stage 4: evaluates sub-networks of the super-network; prints a table, writes frontier.csv, .json and .png.
+# Stage 4: evaluates sub-networks of the super-network; prints a table, writes frontier.csv, .json, .png, and widths.png.
 #
 #   sh run_test.sh                                                          the embedded digits
 #   DATA_SET=imagenet DATA_PATH=/data/imagenet MODEL=vit_small SIZES="--macs-ratio 0.333 0.5 0.667" sh run_test.sh

@@ -8,6 +8,7 @@ import errno
 import os
 import platform
 import random
+import resource
 import signal
 import sys
 import time
@@ -172,6 +173,14 @@ def world() -> tuple[int, int]:
 
 def is_main_process() -> bool:
     return world()[0] == 0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that this process has had on a CUDA device; on the CPU, the most that was resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def reduce_sum(*tensors: torch.Tensor) -> None:

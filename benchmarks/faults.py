@@ -5,8 +5,9 @@
 
 Each fault hits a run of its own: PIAD on digits, three epochs, all that is random switched on. The run is then resumed
 with the same command, some of them after a second fault, and its weights, averaged weights, optimizer, mask table, log
-and TensorBoard scalars are compared, bit for bit, with those of a run that nothing happened to. The exit code is 1 if a
-run did not survive, differs, or lost a byte. The small disk needs the right to mount one; without it, a quota.
+and TensorBoard scalars and pictures (not speed and memory: they are others each time) are compared, bit for bit, with
+those of a run that nothing happened to. The exit code is 1 if a run did not survive, differs, or lost a byte. The small
+disk needs the right to mount one; without it, a quota.
 """
 
 from __future__ import annotations

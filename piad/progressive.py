@@ -39,6 +39,7 @@ class ProgressiveDropout:
         self.macs = {key: macs_per_dim(module) for key, module in modules.items()}
         self.fixed = {key: fixed_macs(module) for key, module in modules.items()}
         self.network_macs = count_macs(model)
+        self.sampled_share = 1.0  # of the MACs, that the sub-network of the step under way has
         full = {key: module.width for key, module in modules.items()}
         self.table = table or MaskTable([full])
         self.table.check(full, "the model")
@@ -61,8 +62,25 @@ class ProgressiveDropout:
     def choose(self, *, epoch: int, step: int, rank: int) -> int:
         """Draws this rank's op code for the step and sets the super-network to its widths."""
         op_code = draw_op_code(len(self.table), seed=self.seed, epoch=epoch, step=step, rank=rank)
-        set_widths(self.model, self.table.widths(op_code))
+        self.run_at(self.table.widths(op_code))
         return op_code
+
+    def run_at(self, widths: dict[str, int]) -> None:
+        """Sets the super-network to the widths that a step trains."""
+        set_widths(self.model, widths)
+        self.sampled_share = count_macs(self.model, widths) / self.network_macs
+
+    def step_scalars(self) -> dict[str, float]:
+        """What is logged of a step: the share of the network's MACs that this rank's sub-network has."""
+        return {"macs_share": self.sampled_share}
+
+    def epoch_scalars(self) -> dict[str, float]:
+        """What is logged of an epoch: how many sizes there are, and the share of the MACs that the smallest has."""
+        return {"op_codes": len(self.table), "macs_share_smallest": self.macs_share(-1)}
+
+    def macs_share(self, op_code: int) -> float:
+        """The share of the network's MACs that a sub-network has."""
+        return count_macs(self.model, self.table.widths(op_code)) / self.network_macs
 
     def state_dict(self) -> dict[str, Any]:
         """The table, for a checkpoint: it is all the state there is."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone, blocks_of, cuts_v_alone
-from models.elastic import set_widths
 from utils import UserError
 
 from .dropout_list import UNITS, grow
@@ -45,7 +44,7 @@ class NoDropout(ProgressiveDropout):
 
     def choose(self, *, epoch: int, step: int, rank: int) -> int:
         """Sets the super-network to what this rank trains at the step. Returns the op code, 0: it is in no table."""
-        set_widths(self.model, self.table.widths(0))
+        self.run_at(self.table.widths(0))
         return 0
 
 
@@ -130,7 +129,7 @@ class LayerDrop(NoDropout):
         """Draws the modules that stay."""
         full = self.table.widths(0)
         stays = generator_of(self.seed, epoch, step, rank).random(len(full)) >= self.share / 2
-        set_widths(self.model, {key: int(stay) * full[key] for key, stay in zip(full, stays, strict=True)})
+        self.run_at({key: int(stay) * full[key] for key, stay in zip(full, stays, strict=True)})
         return 0
 
 

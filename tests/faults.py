@@ -35,6 +35,7 @@ FORK.set_forkserver_preload(
     [
         "torch.distributed",
         "torch.utils.tensorboard",
+        "matplotlib.pyplot",
         "timm",
         "sklearn.datasets",
         "sklearn.model_selection",
@@ -343,14 +344,21 @@ def make_run(folder: Path) -> list[str]:
 # What must be the same
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every TensorBoard scalar of a run: name -> (step, value), as its readers see them."""
+def scalars(folder: Path) -> dict[str, list[tuple[int, float | bytes | None]]]:
+    """Every TensorBoard scalar and picture of a run: name -> (step, value), as its readers see them.
+
+    None in place of the values under machine/, speed and memory: they are others each time, so that two runs can only
+    be alike in their steps.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util import tb_logging
 
     tb_logging.get_logger().setLevel("ERROR")  # that a resumed run begins before the end of the killed one is our wish
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = {tag: [(s, None if tag.startswith("machine/") else v) for s, v in values] for tag, values in found.items()}
+    pictures = {tag: events.Images(tag) for tag in events.Tags()["images"]}
+    return found | {tag: [(p.step, p.encoded_image_string) for p in values] for tag, values in pictures.items()}
 
 
 def differences(found: Path, expected: Path) -> list[str]:
@@ -383,10 +391,12 @@ def _texts(found: Path, expected: Path) -> Iterator[str]:
 
 
 def _scalars(found: Path, expected: Path) -> Iterator[str]:
+    from files import shown
+
     values = [scalars(folder) for folder in (found, expected)]
     for tag in sorted(values[0].keys() | values[1].keys()):
         if values[0].get(tag) != values[1].get(tag):
-            yield f"TensorBoard, {tag}: {values[0].get(tag)} is not {values[1].get(tag)}"
+            yield f"TensorBoard, {tag}: {shown(values[0].get(tag))} is not {shown(values[1].get(tag))}"
 
 
 if __name__ == "__main__":

@@ -15,13 +15,19 @@ from timm.models.vision_transformer import VisionTransformer
 
 import main
 import models.export
+import page
 import reparam
 from files import load_checkpoint
 from models.backbone import create_backbone
 from utils import run_program
 
 ROOT = Path(main.__file__).parent
-PROGRAMS = {"main.py": main.main, "reparam.py": reparam.main, "export.py": models.export.main}
+PROGRAMS = {
+    "main.py": main.main,
+    "reparam.py": reparam.main,
+    "page.py": page.main,
+    "export.py": models.export.main,
+}
 
 # The smallest plain ViT that has whole units: head dim 16, 192 hidden units, 5 tokens.
 NAME = "vit_tiny_patch16_224"

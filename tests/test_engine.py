@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+import resource
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
 
 import engine
 from engine import Progress, Run, Training, evaluate, train_one_epoch
@@ -382,6 +385,12 @@ class Recorder:
     def choose(self, *, epoch: int, step: int, rank: int) -> int:
         return 0
 
+    def step_scalars(self) -> dict[str, float]:
+        return {"macs_share": 0.5}
+
+    def epoch_scalars(self) -> dict[str, float]:
+        return {"op_codes": len(self.begun)}
+
     def state_dict(self) -> dict[str, Any]:
         return {"mask_table": {"begun": list(self.begun)}}
 
@@ -484,6 +493,46 @@ def test_a_checkpoint_is_written_each_few_steps_and_at_each_epochs_end(
     assert kept(tmp_path) == [0, 1]
     assert regime.begun == [0, 1] and (tmp_path / "table").read_text() == "[0, 1]"
     assert load_checkpoint(tmp_path / "checkpoint_1.pth")["mask_table"] == {"begun": [0, 1]}
+
+
+def test_what_a_run_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Tag -> its steps; speed and memory are the machine's, and not in log.txt, which is the same each time."""
+    logged: dict[str, list[tuple[int, float]]] = {}
+
+    def add(_self: SummaryWriter, tag: str, value: float, step: int) -> None:
+        logged.setdefault(tag, []).append((step, value))
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", add)
+    monkeypatch.setattr(SummaryWriter, "add_figure", add)
+    make_run(tmp_path, [1, 2], epochs=3, eval_every=3, regime=Recorder(), draw_widths=lambda: 7).fit(3)
+    steps = {tag: [step for step, _ in values] for tag, values in logged.items()}
+    assert steps.pop("loss") == steps.pop("op_code") == steps.pop("macs_share") == list(range(15))
+    assert logged["op_codes"] == [(4, 1), (9, 2), (14, 3)]
+    assert logged["widths"] == [(14, 7)] and steps.pop("widths") == steps.pop("top1") == [14]
+    assert set(steps) == {"train_loss", "lr", "op_codes", "machine/images_per_second", "machine/peak_memory_MiB"}
+    assert all(found == [4, 9, 14] for found in steps.values())
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    assert all(resident / 2 < value <= resident for _, value in logged["machine/peak_memory_MiB"])
+    assert "machine" not in (tmp_path / "log.txt").read_text()
+
+
+def test_images_a_second_are_those_of_the_epochs_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of an epoch entered in its middle, those that were left: 2 steps of 6 images, 0.1 s each."""
+
+    class Slow(Batches):
+        def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in super().batches(epoch, start_step):
+                time.sleep(0.1)
+                yield batch
+
+    found = []
+    monkeypatch.setattr(
+        RunLog, "machine", lambda _self, images_per_second, _memory, _step: found.append(images_per_second)
+    )
+    progress = Progress(step=3)
+    progress.losses.update(1.0, 18)
+    make_run(tmp_path, [1], epochs=1, loader=Slow(), progress=progress).fit(1)
+    assert 0 < found[0] <= 60
 
 
 def test_a_run_that_begins_inside_an_epoch_does_not_begin_the_epoch_again(tmp_path: Path):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import scalars
 from PIL import Image
 from programs import (
     COMMON,
@@ -140,6 +141,35 @@ def test_piad_trains_a_super_network(road: Road):
     assert lines[-1]["top1"] == pytest.approx((lines[-1]["top1_full"] + lines[-1]["top1_smallest"]) / 2)
 
 
+def test_piad_logs_what_is_sampled_and_how_the_table_grows(road: Road):
+    model, table = super_network(road)
+    logged = scalars(road.peelable)
+    share = [count_macs(model, row) / count_macs(model) for row in table.rows]
+    assert [value for _, value in logged["macs_share"]] == pytest.approx([share[int(c)] for _, c in logged["op_code"]])
+    lines = log_lines(road.peelable)
+    assert [line["macs_share_smallest"] for line in lines] == [share[line["op_codes"] - 1] for line in lines]
+    # The table of epoch 0 does not reach half of the MACs.
+    assert [name for name in lines[0] if name.startswith("top1_")] == ["top1_full", "top1_smallest"]
+    for name, limit in (("half", 0.5), ("quarter", 0.25)):
+        op_code = next(code for code, found in enumerate(share) if found <= limit)
+        row = {key: lines[1][f"{key}_{name}"] for key in ("top1", "top5", "loss")}
+        assert_measures(row, extract(model, table.widths(op_code)))
+    assert [step for step, _ in logged["widths"]] == [step for step, _ in logged["top1"]]
+    pictures = [picture for _, picture in logged["widths"]]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures) and pictures[0] != pictures[1]
+
+
+def test_wpac_logs_its_top1_and_spectra(road: Road):
+    logged = scalars(road.reparamed)
+    top1 = json.loads((road.reparamed / "contracted.json").read_text())["top1"]
+    expected = {100: top1["after"]} | {k: top1[f"at {k / 100:g} of the attention dims"] for k in (75, 50, 25)}
+    assert dict(logged["top1"]) == pytest.approx(expected)
+    assert logged["machine/images_per_second"] == logged["machine/peak_memory_MiB"] == [(0, None)]
+    assert len(logged["spectra"]) == 1
+    with Image.open(road.reparamed / "spectra.png") as picture:
+        assert picture.size[0] > 1000
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
@@ -210,12 +240,15 @@ def test_no_size_asked_for_means_the_whole_and_the_smallest(road: Road, tmp_path
     assert [row["op_code"] for row in read_rows(tmp_path)] == [0, len(super_network(road)[1]) - 1]
 
 
-def test_frontier_files_agree(frontier: Path):
+def test_frontier_files_agree(road: Road, frontier: Path):
     rows = read_rows(frontier)
     with (frontier / "frontier.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert [{key: float(value) for key, value in line.items()} for line in table] == rows
     facts = json.loads((frontier / "frontier.json").read_text())
+    table_of_widths = MaskTable.load(road.mask_table)
+    assert [row.pop("widths") for row in rows] == [table_of_widths.widths(row["op_code"]) for row in rows]
+    assert [{key: float(value) for key, value in line.items()} for line in table] == rows
+    assert facts["full_widths"] == table_of_widths.widths(0)
     assert facts["images"] == 360 and facts["averaged_weights"] is False
     assert facts["weights"].endswith("checkpoint_1.pth")
     with Image.open(frontier / "frontier.png") as picture:
@@ -398,14 +431,6 @@ def run_until(monkeypatch: pytest.MonkeyPatch, updates: int, *arguments: object)
     time.sleep(1.1)  # TensorBoard orders its files by the second
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every TensorBoard scalar of a run: name -> (step, value), as its readers see them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
 def assert_runs_are_equal(found: Path, expected: Path) -> None:
     """Bit for bit: weights, averaged weights, optimizer, table, log, scalars."""
     assert_same(load_checkpoint(found / "checkpoint_2.pth"), load_checkpoint(expected / "checkpoint_2.pth"))
@@ -417,7 +442,8 @@ def assert_runs_are_equal(found: Path, expected: Path) -> None:
 def test_an_unhurt_run_leaves_every_step_once(unhurt: Path):
     steps = {tag: [step for step, _ in values] for tag, values in scalars(unhurt).items()}
     assert steps["loss"] == steps["op_code"] == list(range(15))
-    assert steps["train_loss"] == steps["lr"] == [4, 9, 14]
+    assert steps["train_loss"] == steps["lr"] == steps["op_codes"] == steps["macs_share_smallest"] == [4, 9, 14]
+    assert steps["machine/images_per_second"] == steps["machine/peak_memory_MiB"] == [4, 9, 14]
     assert [line["epoch"] for line in log_lines(unhurt)] == [0, 1, 2]
     table = MaskTable.load(unhurt / "mask_table.json")
     assert all(0 <= code < len(table) for _, code in scalars(unhurt)["op_code"])

@@ -1,0 +1,106 @@
+"""Makes index.html of an evaluated super-network: its sizes to look through, in one file that needs no network."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from files import read_json, shown, write_text
+from piad.selection import format_amount
+from utils import UserError, run_program, say
+
+ROOT = Path(__file__).resolve().parent
+# What the page shows of frontier.json.
+FACTS = {"title": str, "weights": str, "averaged_weights": bool, "grade": str, "images": int, "device": str,
+         "batch_size": int, "arguments": list, "full_widths": dict, "sizes": list}  # fmt: skip
+NUMBERS = ("op_code", "macs_linear", "params", "top1", "images_per_second")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    group = parser.add_argument_group("files")
+    group.add_argument("folder", type=Path, metavar="DIR", help="what main.py --eval wrote: its frontier.json is read")
+    group.add_argument("--output", type=Path, metavar="FILE", help="where the page goes (default: DIR/index.html)")
+    args = parser.parse_args()
+    output = args.output or args.folder / "index.html"
+    write_text(output, page_of(read_report(args.folder / "frontier.json"), args.folder))
+    say(f"written: {output}")
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """frontier.json. Raises UserError, naming the key, where it lacks what the page shows."""
+    report = read_json(path)
+    if not isinstance(report, dict) or not isinstance(report.get("sizes"), list) or not report["sizes"]:
+        raise UserError(f"{path} has no sizes: it is not a report of main.py --eval")
+    for key, kind in FACTS.items():
+        if type(report.get(key)) is not kind:
+            raise _no_report(path, key, report.get(key))
+    for key, width in report["full_widths"].items():
+        if type(width) is not int or width < 1:
+            raise _no_report(path, f"full_widths.{key}", width)
+    names = [*NUMBERS, *(["baseline_top1"] if "baseline_top1" in report["sizes"][0] else [])]
+    for index, size in enumerate(report["sizes"]):
+        size = size if isinstance(size, dict) else {}
+        widths = size.get("widths")
+        if not isinstance(widths, dict) or widths.keys() != report["full_widths"].keys():
+            raise _no_report(path, f"sizes.{index}.widths", widths)
+        numbers = {name: size.get(name) for name in names} | {f"widths.{key}": width for key, width in widths.items()}
+        for name, value in numbers.items():
+            if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+                raise _no_report(path, f"sizes.{index}.{name}", value)
+        if not size["images_per_second"] or not size["macs_linear"]:
+            raise _no_report(path, f"sizes.{index}.images_per_second or macs_linear", 0)
+    return report
+
+
+def _no_report(path: Path, key: str, value: Any) -> UserError:
+    return UserError(
+        f"{path}: {shown(key)} is {shown(value)}: give a folder of main.py --eval --checkpoint; one of an older "
+        "version has to be evaluated again"
+    )
+
+
+def page_of(report: dict[str, Any], folder: Path) -> str:
+    """The page: page.html with the report in it, as data that no text of its own can break out of."""
+    sizes = sorted(report["sizes"], key=lambda size: size["macs_linear"])
+    largest = sizes[-1]["macs_linear"]
+    kind = "averaged (EMA)" if report["averaged_weights"] else "raw"
+    data = {
+        "facts": f"{report['weights']}, {kind} weights, sub-networks {report['grade']}; {report['images']} images",
+        "measured": f"{report['batch_size']} at a time, {report['device']}",
+        "quarters": [format_amount(largest * quarter / 4) if quarter else "0" for quarter in range(5)],
+        "full_widths": report["full_widths"],
+        "sizes": [
+            {name: size[name] for name in (*NUMBERS, "baseline_top1", "widths") if name in size}
+            | {"macs_text": format_amount(size["macs_linear"]), "params_text": format_amount(size["params"])}
+            | {"command": command_of(report["arguments"], size["op_code"], folder)}
+            for size in sizes
+        ],
+    }
+    # "<" cannot end the script element then; JSON knows it as the same text.
+    filled = {"data": json.dumps(data).replace("<", "\\u003c"), "title": html.escape(report["title"])}
+    template = (ROOT / "page.html").read_text()
+    return re.sub(r"\{\{(data|title)\}\}", lambda found: filled[found[1]], template)
+
+
+def command_of(arguments: list[str], op_code: int, folder: Path) -> str:
+    """The line that writes the sub-network of an op code into FOLDER/extracted/op_<code>."""
+    words = ["python", "main.py", "--eval", *(_from_here(str(word)) for word in arguments)]
+    words += ["--op-code", str(op_code), "--write-sub-networks", "--output-dir", _from_here(str(folder / "extracted"))]
+    return shlex.join(words)
+
+
+def _from_here(word: str) -> str:
+    """A path into this repository as seen from its folder; anything else as it is."""
+    path = Path(word)
+    return str(path.relative_to(ROOT)) if path.is_absolute() and path.is_relative_to(ROOT) else word
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,65 @@
+"""What the pictures show, read back from what is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from plots import draw_spectra, draw_widths, plot_frontier, plot_spectra, plot_widths
+
+FULL = {"0.attn": 8, "0.mlp": 32, "1.attn": 8, "1.mlp": 32}
+SIZES = [FULL, {"0.attn": 8, "0.mlp": 16, "1.attn": 4, "1.mlp": 8}, {"0.attn": 2, "0.mlp": 1, "1.attn": 0, "1.mlp": 0}]
+ROWS = [
+    {"widths": widths, "macs_linear": macs, "top1": top1, "images_per_second": speed}
+    for widths, macs, top1, speed in zip(
+        SIZES, (1000, 500, 100), (90.0, 80.0, 50.0), (100.0, 250.0, 1000.0), strict=True
+    )
+]
+
+
+def test_widths_are_blocks_down_and_sizes_across():
+    attention, mlp, _ = draw_widths(SIZES, FULL, ["a", "b", "c"], "size").axes
+    for axes, expected in ((attention, [[100, 100, 25], [100, 50, 0]]), (mlp, [[100, 50, 3.125], [100, 25, 0]])):
+        (image,) = axes.get_images()
+        shown = image.get_array()
+        assert shown.filled(0).tolist() == expected
+        assert np.ma.getmaskarray(shown).tolist() == [[value == 0 for value in row] for row in expected]  # bypassed
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
+
+
+def test_of_many_sizes_some_are_named():
+    axes = draw_widths([FULL] * 300, FULL, list(map(str, range(300))), "op code").axes[0]
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert names == [str(place) for place in axes.get_xticks()] and names[0] == "0" and 6 <= len(names) <= 12
+
+
+def test_widths_go_from_large_to_small(tmp_path: Path):
+    plot_widths(ROWS[::-1], FULL, tmp_path / "one.png")
+    plot_widths(ROWS, FULL, tmp_path / "other.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
+
+
+def test_spectra_add_up():
+    spectra = {"0.attn": [[0.5, 0.25, 0.25, 0], [1, 0, 0, 0]], "0.mlp": [[0.4, 0.3, 0.2, 0.1]],
+               "1.attn": [[0.25] * 4] * 2, "1.mlp": [[0.25] * 4]}  # fmt: skip
+    qk, v, mlp = draw_spectra(spectra, "variance").axes
+    for axes, first in ((qk, [0, 50, 75, 100, 100]), (v, [0, 100, 100, 100, 100]), (mlp, [0, 40, 70, 90, 100])):
+        zero, one, _ = axes.get_lines()
+        assert zero.get_ydata().tolist() == pytest.approx(first)
+        assert list(zero.get_xdata()) == [0, 25, 50, 75, 100]
+        assert one.get_ydata().tolist() == [0, 25, 50, 75, 100]
+
+
+@pytest.mark.parametrize("blocks", [1, 24])
+def test_pictures_are_written_whole(blocks: int, tmp_path: Path):
+    spectra = {f"{i}.{kind}": [[0.5, 0.5]] * rows for i in range(blocks) for kind, rows in (("attn", 2), ("mlp", 1))}
+    plot_spectra(spectra, tmp_path / "spectra.png", "variance")
+    plot_frontier(ROWS, tmp_path / "frontier.png", "title", "64 at a time, cpu")
+    assert {path.name for path in tmp_path.iterdir()} == {"spectra.png", "frontier.png"}
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            picture.load()
+            assert picture.size[0] >= 1500
