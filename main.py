@@ -32,7 +32,7 @@ from models.macs import count_params
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
 from piad.regimes import REGIMES
-from piad.selection import format_amount, largest_within
+from piad.selection import format_amount
 from piad.super_network import load_super_network
 from utils import (
     Interruptible,
@@ -232,7 +232,7 @@ def evaluate_piad(
     sizes = {"full": 0, "smallest": -1}
     for name, share in FIXED_SHARES.items():
         if piad.macs_share(-1) <= share:  # the table reaches so far by now
-            sizes[name] = largest_within(piad.model, piad.table, max_macs=share * piad.network_macs)
+            sizes[name] = piad.table.select(piad.model, max_macs=share * piad.network_macs)
     for name, op_code in sizes.items():
         set_widths(piad.model, piad.table.widths(op_code))
         results = accuracy_of(evaluate(piad.model, val, device, amp))

@@ -79,14 +79,15 @@ def plot_widths(rows: list[dict[str, Any]], full: dict[str, int], path: Path) ->
 def draw_spectra(spectra: dict[str, list[list[float]]], measure: str) -> Figure:
     """Cumulative share (percent) of what the first dims of each module hold, a line a block.
 
-    spectra: module key -> the share of each dim, in order: of q and k together and of v, or of hidden units;
+    spectra: module key -> the share of each dim, in order: of q and k together (where they are cut) and of v, or of
+    hidden units;
     measure: what the attention's are shares of.
     """
     figure, panels = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained", sharey=True)
-    columns = {"q and k": ("attn", 0), "v": ("attn", 1), "MLP": ("mlp", 0)}
+    columns = {"q and k": ("attn", -2), "v": ("attn", -1), "MLP": ("mlp", -1)}
     blocks = max(int(key.split(".")[0]) for key in spectra) + 1
     for axes, (name, (kind, row)) in zip(panels, columns.items(), strict=True):
-        for key in (key for key in spectra if key.endswith(kind)):
+        for key in (key for key, rows in spectra.items() if key.endswith(kind) and len(rows) >= -row):
             shares = spectra[key][row]
             kept = [100 * k / len(shares) for k in range(len(shares) + 1)]
             colour = matplotlib.colormaps["viridis"](0.9 * int(key.split(".")[0]) / max(blocks - 1, 1))
