@@ -145,6 +145,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = add_study_arguments(parser)
     group.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help="(default: all)")
+    group.add_argument("--settings", nargs="+", metavar="NAME", help="of the parts, as their tables say (default: all)")
     return parser.parse_args()
 
 
@@ -153,9 +154,9 @@ def main() -> None:
     study = Study(args, init_processes(args), args.output_dir / f"truncation_{args.name}.json")
     for draw in progress_bar(args.draws, "draws"):
         for part in args.parts:
-            for setting in PARTS[part].values():
-                if draw == args.draws[0] or setting.criterion != "magnitude":  # which draws nothing
-                    study.measure(setting, draw)
+            for label, setting in PARTS[part].items():
+                if not args.settings or label in args.settings:
+                    study.measure(setting, 0 if setting.criterion == "magnitude" else draw)  # which draws nothing
     study.results.log()
     print(markdown(study.results.content))
     pictures(study.results.content, study.results.path.stem, args)

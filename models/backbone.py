@@ -39,7 +39,7 @@ class Family:
     files: tuple[str, ...]
     model: type[nn.Module]
     block: type[nn.Module]
-    attention: type[nn.Module]
+    attentions: tuple[type[nn.Module], ...]
     attn: tuple[str, ...] = ("norm1", "attn", "drop_path1")
     mlp: tuple[str, ...] = ("norm2", "mlp", "drop_path2")
 
@@ -47,17 +47,25 @@ class Family:
 # What is supported. Blocks stand in model.blocks, or, of Swin, in model.layers[stage].blocks.
 FAMILIES = (
     Family(
-        *("vit_*, deit_*, deit3_*", ("vision_transformer", "deit"), VisionTransformer, Block, Attention),
-        *(("norm1", "attn", "ls1", "drop_path1"), ("norm2", "mlp", "ls2", "drop_path2")),
+        "vit_*, deit_*, deit3_*",
+        files=("vision_transformer", "deit"),
+        model=VisionTransformer,
+        block=Block,
+        attentions=(Attention,),
+        attn=("norm1", "attn", "ls1", "drop_path1"),
+        mlp=("norm2", "mlp", "ls2", "drop_path2"),
     ),
     Family(
-        *("vit_*_rope_*, eva02_*", ("eva",), Eva, EvaBlock, (AttentionRope, EvaAttention)),
-        *(("norm1", "attn", "gamma_1", "drop_path1"), ("norm2", "mlp", "gamma_2", "drop_path2")),
+        "vit_*_rope_*, vit_*_dinov3, eva02_*",
+        files=("eva",),
+        model=Eva,
+        block=EvaBlock,
+        attentions=(AttentionRope, EvaAttention),
+        attn=("norm1", "attn", "gamma_1", "drop_path1"),
+        mlp=("norm2", "mlp", "gamma_2", "drop_path2"),
     ),
-    Family("swin_*", ("swin_transformer",), SwinTransformer, SwinTransformerBlock, WindowAttention),
-    Family(
-        *("swinv2_*", ("swin_transformer_v2",), SwinTransformerV2, SwinTransformerV2Block, CosineWindowAttention),
-    ),
+    Family("swin_*", ("swin_transformer",), SwinTransformer, SwinTransformerBlock, (WindowAttention,)),
+    Family("swinv2_*", ("swin_transformer_v2",), SwinTransformerV2, SwinTransformerV2Block, (CosineWindowAttention,)),
 )
 MLPS = (Mlp, GluMlp, SwiGLU)
 SUPPORTED = "; ".join(family.names for family in FAMILIES)
@@ -146,8 +154,7 @@ def _unsupported(family: Family, block: nn.Module, index: int) -> str | None:
     if type(block) is not family.block:
         return f"block {index} is a {type(block).__name__}"
     attn, mlp = block.attn, block.mlp
-    kinds = family.attention if isinstance(family.attention, tuple) else (family.attention,)
-    if type(attn) not in kinds or getattr(attn, "gate", None) is not None:
+    if type(attn) not in family.attentions or getattr(attn, "gate", None) is not None:
         return f"block {index} has a {type(attn).__name__} of another kind"
     if getattr(attn, "num_kv_groups", 1) != 1:
         return f"block {index} has fewer keys than queries"

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone, blocks_of, check_widths, cuts_v_alone, family_of, first_layers, value_layer_name
-from .elastic import ELASTIC, ValueLayer, ValueProjection, attention_slices, mlp_slices, set_value_width
+from .elastic import ELASTIC, ValueLayer, ValueProjection, set_value_width
 from .parts import BYPASS, children_of
+from .slices import attention_slices, mlp_slices
 
 BRANCHES = ("attn", "mlp")
 STOCK = {elastic: stock for stock, elastic in ELASTIC.items()}

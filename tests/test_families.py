@@ -44,13 +44,14 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "dinov2": ("vit_small_patch14_dinov2", {**SHAPE, "init_values": 1e-5}),
     "rope": ("vit_small_patch16_rope_224", SHAPE),
     "rope_mixed": ("vit_small_patch16_rope_mixed_224", SHAPE),
+    "dinov3": ("vit_small_patch16_dinov3", SHAPE),
     "eva02": ("eva02_tiny_patch14_224", SHAPE),
     "eva02_split": ("eva02_tiny_patch14_224", {**SHAPE, "qkv_fused": False, "swiglu_align_to": 64}),
     "swin": ("swin_tiny_patch4_window7_224", {**SWIN, "patch_size": 2}),
     "swin_padded": ("swin_tiny_patch4_window7_224", {**SWIN, "patch_size": 4, "window_size": 3}),
     "swin_v2": ("swinv2_tiny_window8_256", {**SWIN, "patch_size": 2}),
 }
-V_ALONE = {"qk_norm", "rope", "rope_mixed", "eva02", "eva02_split", "swin_v2"}
+V_ALONE = {"qk_norm", "rope", "rope_mixed", "dinov3", "eva02", "eva02_split", "swin_v2"}
 EACH = pytest.mark.parametrize("family", FAMILIES)
 
 
