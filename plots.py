@@ -179,12 +179,15 @@ def plot_regimes(
     _save(figure, path)
 
 
-def plot_alternatives(rows: list[dict[str, Any]], ways: tuple[str, ...], path: Path, title: str) -> None:
-    """Top-1 (percent) against MACs, a line a way, mean over the seeds; rows: way, size, macs, top1.
+def plot_alternatives(
+    rows: list[dict[str, Any]], ways: tuple[str, ...], costs: dict[str, int], path: Path, title: str
+) -> None:
+    """Top-1 (percent) against MACs, a line a way, mean over the seeds; and what having many sizes costs each way.
 
-    What is fine-tuned has the colour of what it came from, and is filled.
+    rows: way, size, macs, top1.  costs: way -> images trained on. What is fine-tuned has the colour of what it came
+    from, and is filled.
     """
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure, (axes, bars) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     kinds = list(dict.fromkeys(way.split(",")[0] for way in ways))
     for way in ways:
         own = [row for row in rows if row["way"] == way]
@@ -195,10 +198,17 @@ def plot_alternatives(rows: list[dict[str, Any]], ways: tuple[str, ...], path: P
             look = {"color": COLOURS[style + 4], "marker": MARKERS[style], "linestyle": "--" if last else "-"}
             x, y = ([_mean(group, key) for group in points] for key in ("macs", "top1"))
             axes.plot([macs / 1e6 for macs in x], y, label=way, fillstyle="none" if last else "full", **look)
-    axes.set(xlabel="million MACs for one image (linear layers)", ylabel="top-1 accuracy, %", title=title)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+            bar = bars.barh(way, costs[way] / 1e3, color=look["color"], alpha=0.5 if last else 1.0)
+            bars.bar_label(bar, fmt="{:,.0f}", padding=3, fontsize=8)
+    axes.set(xlabel="million MACs for one image (linear layers)", ylabel="top-1 accuracy, %")
+    bars.set(xlabel="thousand images trained on, for 12 sizes")
+    bars.invert_yaxis()
+    bars.margins(x=0.15)
+    for panel in (axes, bars):
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
     _save(figure, path)
 
 

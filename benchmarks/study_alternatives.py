@@ -220,10 +220,20 @@ def markdown(results: dict[str, Any]) -> str:
             own = [row for row in results["rows"] if (row["way"], row["epochs"]) == (way, epochs)]
             if own:
                 values = [[row["top1"] for row in own if row["size"] == size] for size in SHARES]
-                cost = own[0]["once"] + SIZES * own[0]["each"]
-                cells = [way, str(len({row["seed"] for row in own})), str(epochs), *map(_cell, values), f"{cost:,}"]
+                cells = [way, str(len({row["seed"] for row in own})), str(epochs), *map(_cell, values)]
+                cells.append(f"{cost_of(own):,}")
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def cost_of(rows: list[dict[str, Any]]) -> int:
+    """Images trained on for SIZES sizes by a way, whose rows these are."""
+    return max((row["once"] + SIZES * row["each"] for row in rows), default=0)
+
+
+def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    costs = {way: cost_of([row for row in rows if row["way"] == way]) for way in WAYS}
+    plot_alternatives(rows, WAYS, costs, path, title)
 
 
 def _cell(values: list[float]) -> str:
@@ -244,7 +254,11 @@ def main() -> None:
         study.rows_of_seed(seed)
     study.results.log()
     print(markdown(study.results.content))
-    plot_alternatives(study.results.rows("rows"), WAYS, study.results.path.with_suffix(".png"), args.name)
+    draw(
+        study.results.rows("rows"),
+        study.results.path.with_suffix(".png"),
+        f"{args.name.replace('_', ' ')}: ways to sizes",
+    )
     print(json.dumps({"file": study.results.path.name, "rows": len(study.results.rows("rows"))}))
 
 

@@ -343,7 +343,7 @@ SWIN_DIGITS = "img_size=8 patch_size=1 window_size=4 in_chans=1 embed_dim=16 dep
 def test_the_whole_road_on_digits(name, shape, tmp_path: Path):
     common = ["--data-set", "digits", "--model", name, "--model-kwargs", *shape.split(), "--device", "cpu"]
     common += ["--workers", 0, "--proxy-samples", 64, "--batch-size", 128]
-    train = [*common, "--aa", "none", "--reprob", 0, "--epochs", 1, "--ema-decay", 0]
+    train = [*common, "--aa", "none", "--reprob", 0, "--epochs", 1, "--ema-decay", 0.9]
     run("main.py", *train, "--stage", "pretrain", "--output-dir", tmp_path / "a")
     weights = tmp_path / "a/checkpoint_0.pth"
     run("reparam.py", *common, "--no-eval", "--checkpoint", weights, "--output-dir", tmp_path / "b")

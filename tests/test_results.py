@@ -8,13 +8,16 @@ import re
 import pytest
 from programs import ROOT
 
-from benchmarks import study_contraction, study_training
+from benchmarks import study_alternatives, study_contraction, study_regimes, study_training, study_truncation
 
 RESULTS = (ROOT / "docs" / "RESULTS.md").read_text()
 FOLDER = ROOT / "docs" / "results"
 TABLES = {
     "contraction_vit_small_cifar10.json": study_contraction.markdown,
     "contraction_vit_digits.json": study_contraction.markdown,
+    "truncation_vit_small_cifar10.json": study_truncation.markdown,
+    "regimes_vit_cifar10.json": study_regimes.markdown,
+    "alternatives_vit_cifar10.json": study_alternatives.markdown,
     "training.json": lambda results: study_training.summary(results["runs"]),
 }
 
