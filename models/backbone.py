@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
-from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
+from timm.layers import Attention, AttentionRope, GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
@@ -103,10 +103,13 @@ def family_of(model: nn.Module) -> Family:
     raise UserError(f"a {type(model).__name__} is not supported; these are: {SUPPORTED}")
 
 
-def family_named(name: str) -> Family | None:
-    """By timm's name of a model."""
+def family_named(name: str) -> Family:
+    """By timm's name of a model. Raises UserError for one of no family."""
     name = ALIASES.get(name, name)
-    return next((family for family in FAMILIES if timm.models.is_model_in_modules(name, family.files)), None)
+    for family in FAMILIES:
+        if timm.models.is_model_in_modules(name, family.files):
+            return family
+    raise UserError(f"{name} is not supported; these are: {SUPPORTED}")
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -141,6 +144,8 @@ def check_supported(model: nn.Module, name: str) -> None:
     reason = None
     if family is None:
         reason = f"it is a {type(model).__name__}"
+    elif type(model.patch_embed) is not PatchEmbed:
+        reason = f"its patches are embedded by a {type(model.patch_embed).__name__}"
     elif getattr(model, "attn_pool", None) is not None:
         reason = "it pools with attention"
     else:

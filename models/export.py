@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import frontier
-from arguments import add_amp, add_data_set, add_size_arguments, positive
+from arguments import add_amp, add_data_set, add_size_arguments, count, positive
 from datasets import Images, eval_loader, open_images
 from engine import evaluate
-from files import check_output_dir, write_text
+from files import check_output_dir, read_json, write_text
 from models.backbone import Backbone
 from models.extraction import extract
-from models.folder import load_subnetwork
+from models.folder import CONFIG, WEIGHTS, load_subnetwork
 from models.loading import fit_head
 from models.macs import CONVENTIONS
 from models.network import Network, load
@@ -72,6 +72,7 @@ def main() -> None:
             "source": network.source.name,
             "model": network.name,
             "grade": network.grade,
+            "averaged_weights": args.use_ema,
             "input": "images, float32 (batch, channels, height, width), prepared as preprocessing says",
             "output": "logits, float32 (batch, classes)",
             "preprocessing": network.preprocessing,
@@ -129,7 +130,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_amp(group)
     group.add_argument("--device", default="auto", help="for measurements: cpu, cuda, cuda:1, or auto")
-    group.add_argument("--seed", type=int, default=0, help="of the random images (default: %(default)s)")
+    group.add_argument("--seed", type=count, default=0, help="of the random images (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -153,6 +154,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--format {name} needs {', '.join(missing)}: python -m pip install -r requirements-export.txt"
             )
+    if args.model_kwargs and not args.model:
+        raise UserError("--model-kwargs goes with --model: without it the weights say of which model they are")
     if "top1" in args.measure and not args.data_set:
         raise UserError("--measure top1 needs --data-set")
     check_output_dir(args.output, "--output")
@@ -162,18 +165,48 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `folder`; at the end its files are moved there, index.json last."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    """Gives a temporary folder beside `folder`; at the end its files are moved there, index.json last.
+
+    What an earlier export left there, by its index.json, is removed first. Raises UserError where that cannot be done.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise UserError(f"--output {folder}: {error.strerror}") from error
     try:
         yield temporary
-        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-        for path in sorted(files, key=lambda path: path.name == "index.json"):
-            target = folder / path.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
+        try:
+            _remove_exported(folder)
+            files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+            for path in sorted(files, key=lambda path: path.name == "index.json"):
+                target = folder / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
+        except OSError as error:
+            raise UserError(f"--output {folder}: {error.strerror}: {error.filename}") from error
     finally:
         shutil.rmtree(temporary)
+
+
+def _remove_exported(folder: Path) -> None:
+    """The files that the folder's index.json names, and the folders that are empty then."""
+    index = folder / "index.json"
+    listed = read_json(index) if index.is_file() else {}
+    sizes = listed.get("sizes") if isinstance(listed, dict) else None
+    for entry in sizes if isinstance(sizes, list) else []:
+        names = entry.get("files") if isinstance(entry, dict) else None
+        for name in names.values() if isinstance(names, dict) else ():
+            path = (folder / str(name)).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                continue
+            parts = [path / WEIGHTS, path / CONFIG] if path.is_dir() else [path, path.with_name(path.name + ".data")]
+            for part in parts:
+                part.unlink(missing_ok=True)
+            for place in {path if path.is_dir() else path.parent} - {folder.resolve()}:
+                if place.is_dir() and not any(place.iterdir()):
+                    place.rmdir()
+    index.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

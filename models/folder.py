@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -14,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from files import atomic_file, load_checkpoint, read_json, shown, write_text
 from utils import UserError
 
-from .backbone import Backbone, create_backbone, family_named, full_widths
+from .backbone import ALIASES, Backbone, create_backbone, family_named, full_widths
 from .extraction import extract
 from .loading import load_weights
 from .macs import count_macs, count_params
@@ -35,21 +36,24 @@ def save_subnetwork(
     """Writes an extracted model. name, model_kwargs: the backbone it was cut from; facts: anything plain to add.
 
     Returns the config: model, model_kwargs, widths, preprocessing, macs in both conventions, params, and the facts.
+    Raises ValueError for facts that have one of these names, TypeError for what is not plain.
     """
-    config = {
+    config: dict[str, Any] = {
         "model": name,
         "model_kwargs": {**model_kwargs, "num_classes": model.num_classes},
         "widths": full_widths(model),
         "preprocessing": preprocessing,
         "macs": {"linear": count_macs(model), "full": count_macs(model, convention="full")},
         "params": count_params(model),
-        **facts,
     }
+    if config.keys() & facts.keys():
+        raise ValueError(f"{min(config.keys() & facts.keys())} is not a fact to add: it is the model's own")
+    text = json.dumps(config | facts, indent=1) + "\n"  # before anything is written
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic_file(folder / WEIGHTS) as temporary:
         save_file(weights, temporary)
-    write_text(folder / CONFIG, json.dumps(config, indent=1) + "\n")
-    return config
+    write_text(folder / CONFIG, text)
+    return config | facts
 
 
 def load_subnetwork(folder: Path) -> tuple[Backbone, dict[str, Any]]:
@@ -86,13 +90,12 @@ def check_model_kwargs(name: str, model_kwargs: dict[str, Any], path: Path) -> N
 
     A file is data from elsewhere, and timm's other arguments name files and hubs.
     """
-    family = family_named(name)
-    if family is None:
-        create_backbone(name)  # which says why not
-    allowed = inspect.signature(family.model.__init__).parameters.keys() - {"self", "device", "dtype"}
+    if not timm.is_model(ALIASES.get(name, name)):
+        create_backbone(name)  # which names near ones
+    allowed = inspect.signature(family_named(name).model.__init__).parameters.keys() - {"self", "device", "dtype"}
     for key, value in model_kwargs.items():
         if key not in allowed:
-            raise UserError(f"{path}: model_kwargs: {key} does not shape a vision transformer")
+            raise UserError(f"{path}: model_kwargs: {key} does not shape a transformer")
         numbers = value if isinstance(value, list) else [value]
         largest = MAX_DEPTH if key in ("depth", "depths") else MAX_SIZE
         if not all(isinstance(n, int | float | str | None) for n in numbers):

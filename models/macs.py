@@ -8,7 +8,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
-from .backbone import Backbone, Module, blocks_of, family_of, first_layers, modules_of, value_layer
+from .backbone import Backbone, Module, blocks_of, check_widths, family_of, first_layers, modules_of, value_layer
 from .parts import parameters_of
 
 CONVENTIONS = ("linear", "full")
@@ -41,10 +41,13 @@ def count_macs(model: Backbone, widths: dict[str, int] | None = None, convention
     """MACs for one image of the model as it stands, or of its sub-network at `widths`.
 
     Patch embedding and merging, blocks and head(s); `convention` is "linear" or "full" (see macs_per_dim).
-    Raises ValueError for another convention.
+    Raises ValueError for another convention, UserError for widths that do not fit. A Swin v2's small network for
+    position biases is not counted: it does not hang on the image.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"MACs convention {convention!r} is not one of {CONVENTIONS}")
+    if widths is not None:
+        check_widths(model, widths)
     macs = model.patch_embed.num_patches * math.prod(model.patch_embed.proj.weight.shape)
     heads = [model.get_classifier()]
     heads = heads[0] if isinstance(heads[0], tuple) else heads
@@ -66,7 +69,12 @@ def _merging_macs(model: Backbone) -> int:
 
 
 def count_params(model: Backbone, widths: dict[str, int] | None = None) -> int:
-    """Parameters of the model as it stands, or of its sub-network at `widths` (without extracting it)."""
+    """Parameters of the model as it stands, or of its sub-network at `widths` (without extracting it).
+
+    Raises UserError for widths that do not fit.
+    """
+    if widths is not None:
+        check_widths(model, widths)
     params = sum(p.numel() for p in model.parameters())
     blocks, family = blocks_of(model), family_of(model)
     for module in modules_of(model).values() if widths is not None else ():

@@ -106,6 +106,8 @@ def load(
     folder = path if path.is_dir() else path.parent
     is_super = (folder / MASK_TABLE).is_file() or (path.is_file() and path.name not in (WEIGHTS, CONFIG))
     if (folder / CONFIG).is_file() and not is_super:
+        if name or model_kwargs or use_ema or compensate:
+            raise UserError(f"{path} is a sub-network, which is cut already: leave model, averaging, compensation out")
         return _sub_network(folder)
     weights = _weights_in(path) if path.is_dir() else path
     facts = {"model": name, "model_kwargs": model_kwargs or {}} if name else _facts_of(weights)

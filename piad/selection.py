@@ -40,7 +40,7 @@ def format_amount(value: float, unit: str = "") -> str:
     """2.4e9 -> "2.4G", three digits; with a unit, such as B, "2.4 GB"."""
     space = " " if unit else ""
     for prefix, factor in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= factor:
+        if value >= factor * (1 - 5e-4):  # what would round to 1,000 of the next prefix down
             return f"{value / factor:.3g}{space}{prefix}{unit}"
     return f"{value:.3g}{space}{unit}"
 
@@ -75,7 +75,7 @@ def largest_within(
 
     What is counted never grows with the op code, so bisection finds the largest size exactly. Latency is measured on
     about log2(op codes) sizes, also by bisection, but falls with the op code only on the whole: what is given is the
-    largest of the sizes that were measured, and a larger one between them may meet the limit too.
+    largest of the sizes that were measured, none of whose next size up meets the limit; a larger one may.
     """
     counted = {key: limit for key, limit in limits.items() if key != "latency"}
 
@@ -94,10 +94,17 @@ def largest_within(
     if not fast_enough:
         fastest = min(measured, key=measured.get)
         raise UserError(
-            f"no sub-network takes at most {format_seconds(limits['latency'])} for {latencies.where}: the fastest, "
-            f"op code {fastest}, takes {format_seconds(measured[fastest])}"
+            f"no sub-network takes at most {_time(limits['latency'], latencies)} for {latencies.where}: the fastest, "
+            f"op code {fastest}, takes {_time(measured[fastest], latencies)}"
         )
-    return min(fast_enough)
+    found = min(fast_enough)
+    while found > first and latencies.of(found - 1) <= limits["latency"]:
+        found -= 1
+    return found
+
+
+def _time(seconds: float, latencies: Latencies) -> str:
+    return f"{format_seconds(seconds)} ({format_amount(latencies.batch_size / seconds)} images/s)"
 
 
 def _too_small(model: Backbone, table: MaskTable, limits: dict[str, float], convention: str) -> str:

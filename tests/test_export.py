@@ -21,6 +21,7 @@ from models import load
 from models.export import relative_error
 from models.extraction import extract
 from models.macs import count_macs, count_params
+from utils import UserError
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in program.NEEDS["onnx"]),
@@ -266,3 +267,33 @@ def test_relative_error_sees_one_image_and_a_nan(road: Road):
     assert relative_error(model, model, images) < 1e-6
     assert relative_error(lambda batch: model(batch) * (2 if len(batch) == 1 else 1), model, images) > 1e-3
     assert not relative_error(lambda batch: model(batch) * float("nan"), model, images) < 1e-4
+
+
+def test_force_removes_what_the_earlier_export_left(road: Road, tmp_path: Path):
+    export(road, tmp_path / "out", "--all", 3)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    index = export(road, tmp_path / "out", "--op-code", 2, "--force")
+    left = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")}
+    assert left == {"notes.txt", "index.json", "model.safetensors", "config.json"}
+    assert index["averaged_weights"] is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--seed", -1], "'-1' is not a whole number 0 or more"),
+        (["--output", "/proc/nowhere/x"], "--output /proc/nowhere/x"),
+        (["--model-kwargs", "depth=3"], "--model-kwargs goes with --model"),
+    ],
+)
+def test_one_line_for_what_cannot_be(flags: list, says: str, road: Road, tmp_path: Path, capsys):
+    flags = flags if "--output" in flags else [*flags, "--output", tmp_path / "out"]
+    assert exit_code("export.py", road.peelable, "--op-code", 1, *flags, "--device", "cpu") == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_sub_network_is_not_cut_again(road: Road, tmp_path: Path):
+    export(road, tmp_path / "out", "--op-code", 1)
+    for more in ({"use_ema": True}, {"compensate": True}, {"name": NAME}):
+        with pytest.raises(UserError, match="is a sub-network, which is cut already"):
+            load(tmp_path / "out", **more)

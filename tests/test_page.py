@@ -86,6 +86,8 @@ def test_the_slider_shows_each_size(browser: Browser, folder: Path, report: dict
     for key, index in (("Home", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("End", 4), ("ArrowLeft", 3)):
         browser.press(key)
         assert_shows(browser, sizes[index], report)
+    browser.screenshot(folder / "page.png")  # to look at, where pytest keeps it
+    assert (folder / "page.png").read_bytes().startswith(b"\x89PNG")
     assert format_amount(sizes[3]["macs_linear"]) in browser.run(
         "document.activeElement.getAttribute('aria-valuetext')"
     )
