@@ -199,6 +199,12 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("regimes", "choices")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="NAME", help="(default: both)")
+    parser.add_argument(
+        "--regimes", nargs="+", choices=PAPER, default=list(PAPER), metavar="NAME", help="(default: all)"
+    )
+    parser.add_argument(
+        "--weights", nargs="+", default=["contracted", "original"], metavar="NAME", help="(default: both)"
+    )
     return parse_training_arguments(parser)
 
 
@@ -207,13 +213,14 @@ def main() -> None:
     study = Study(args, flags)
     for seed in progress_bar(args.draws, "seeds"):
         for row in ROWS:
-            if ("choices" if row.choice else "regimes") in args.parts:
+            wanted = row.regime in args.regimes and row.weights in args.weights
+            if wanted and ("choices" if row.choice else "regimes") in args.parts:
                 study.measure(row, seed)
     study.results.log()
     print(markdown(study.results.content))
     means = {}
     for row in ROWS:
-        own = [r["top1"] for r in study.results.rows("rows", **vars(row))]
+        own = [r["top1"] for r in study.results.rows("rows", **vars(row), epochs=args.epochs)]
         if own and not row.choice:
             means[row.regime, row.weights] = {s: statistics.mean(top1[s] for top1 in own) for s in SHARES}
     plot_regimes(means, PAPER, study.results.path.with_suffix(".png"), args.name.replace("_", " "))
