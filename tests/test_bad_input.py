@@ -191,8 +191,8 @@ SIZES = [
     case("too few MACs as they are counted in full", (*EVAL, "--macs", "1K", "--macs-convention", "full"),
          "no sub-network has at most 1K MACs", "MACs (full)"),
     case("too little memory", (*EVAL, "--memory", "1KB"), "no sub-network has at most 1 KB of weights", "the smallest"),
-    case("a latency that no size meets", (*EVAL, "--latency", "0.001us"), "no sub-network takes at most 1e-06 ms (256G images/s) for "
-         "256 images on", "the fastest, op code"),
+    case("a latency that no size meets", (*EVAL, "--latency", "0.001us"),
+         "no sub-network takes at most 1e-06 ms (256G images/s) for 256 images on", "the fastest, op code"),
     case("a throughput that no size meets", (*EVAL, "--throughput", "1000G"), "no sub-network takes at most"),
     case("several sizes and several budgets", (*EVAL, "--macs", "100K", "50K", "--params", "20K"),
          "--macs has 2 values beside --params", "give --macs one value"),
