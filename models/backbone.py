@@ -218,6 +218,7 @@ def value_layer(attn: nn.Module) -> nn.Linear:
 
 
 def value_layer_name(attn: nn.Module) -> str:
+    """What timm calls value_layer()."""
     return "qkv" if attn.qkv is not None else "v_proj"
 
 
