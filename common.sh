@@ -26,7 +26,7 @@ if [ "$DATA_SET" = digits ]; then
     AUGMENTATION=${AUGMENTATION:---aa none --color-jitter 0 --hflip 0 --scale 0.7 1 --reprob 0 --mixup 0 --cutmix 0 --repeated-aug 0}
 else
     # DeiT's recipe is what the programs do when not told otherwise.
-    MODEL=${MODEL:-vit_small}     # any timm ViT; vit_tiny, vit_small, vit_base mean the DeiT ones
+    MODEL=${MODEL:-vit_small}     # any timm ViT or Swin; vit_tiny, vit_small, vit_base mean the DeiT ones
     MODEL_KWARGS=${MODEL_KWARGS:-}
     NAME=${NAME:-$MODEL}
     BATCH_SIZE=${BATCH_SIZE:-128} # images a process and step

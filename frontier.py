@@ -1,4 +1,4 @@
-"""Evaluating sub-networks of several sizes: which ones, how good they are, and the report."""
+"""Evaluating sub-networks of several sizes: how good they are, and the report."""
 
 from __future__ import annotations
 
@@ -7,118 +7,115 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from engine import evaluate
+from arguments import data_overrides
+from budgets import chosen_op_codes
+from datasets import eval_loader, open_images, preprocessing, proxy_set
+from engine import accuracy_of, evaluate
 from files import write_text
-from models.backbone import Backbone
+from main_arguments import super_network_words
+from models.backbone import Backbone, full_widths
 from models.extraction import extract
+from models.folder import load_subnetwork, save_subnetwork
+from models.loading import fit_head, load_backbone
 from models.macs import count_macs, count_params
-from piad.latency import LATENCY, Latencies
 from piad.mask_table import MaskTable
-from piad.selection import count_sizes, evenly_spaced, format_amount, format_seconds, format_sizes
+from piad.selection import format_amount
+from piad.super_network import load_super_network
 from utils import UserError, is_main_process, progress_bar, say
-
-# The flags that limit a size, and the limits of MaskTable.select() that they set.
-BUDGETS = {
-    "macs_ratio": "max_macs",
-    "macs": "max_macs",
-    "params": "max_params",
-    "memory": "max_memory",
-    "latency": "max_latency",
-    "throughput": "min_throughput",
-}
+from wpac.compensation import compensate_from
+from wpac.refit import refit
 
 
-def asks_for_size(args: argparse.Namespace) -> bool:
-    """Whether a flag names an op code or a budget."""
-    return any(getattr(args, name) for name in ("op_code", *BUDGETS))
-
-
-def chosen_op_codes(args: argparse.Namespace, model: Backbone, table: MaskTable) -> list[int]:
-    """The op codes that the size flags ask for, in their order; none given: the whole network and the smallest.
-
-    For each budget, says what was asked and found, and the next sizes up and down.
-    """
-    codes = []
-    for code in args.op_code:
-        table.widths(code)  # a UserError where there is none
-        codes.append(code if code >= 0 else len(table) - 1)
-    budgets = budgets_of(args)
-    latencies = None
-    if args.latency or args.throughput:
-        beside = args.mask_table or Path(args.checkpoint)
-        latencies = Latencies(
-            model,
-            table,
-            batch_size=args.batch_size,
-            amp=getattr(torch, args.amp) if args.amp else None,
-            device=torch.device(args.device),
-            path=beside.parent / LATENCY,
-        )
-    for budget in budgets:
-        codes.append(select(model, table, budget, args.macs_convention, latencies))
-    if args.frontier:
-        codes += evenly_spaced(model, table, args.frontier)
-    return list(dict.fromkeys(codes)) or [0, len(table) - 1]
-
-
-def budgets_of(args: argparse.Namespace) -> list[dict[str, float]]:
-    """The budgets that the flags set, flag -> limit: one for each value of a single flag, or one of several flags.
-
-    Raises UserError for several flags of which one has several values, and for a share that is none.
-    """
-    given = {name: getattr(args, name) for name in BUDGETS if getattr(args, name)}
-    for ratio in given.get("macs_ratio", []):
-        if not 0 < ratio <= 1:
-            raise UserError(f"--macs-ratio {ratio} is not a share of the network: give a number above 0, at most 1")
-    if len(given) < 2:
-        return [{name: value} for name, values in given.items() for value in values]
-    for name, values in given.items():
-        if len(values) > 1:
-            flag, other = (f"--{key.replace('_', '-')}" for key in (name, next(key for key in given if key != name)))
-            raise UserError(
-                f"{flag} has {len(values)} values beside {other}: several budgets ask for one size that meets them "
-                f"all; give {flag} one value, or leave {other} out"
-            )
-    return [{name: values[0] for name, values in given.items()}]
-
-
-def select(
-    model: Backbone,
-    table: MaskTable,
-    budget: dict[str, float],
-    convention: str,
-    latencies: Latencies | None,
-) -> int:
-    """The op code of the largest size within a budget; says what was asked, what was found, and what lies beside it."""
-    limits: dict[str, float] = {}
-    for name, value in budget.items():
-        limit = value * count_macs(model, convention=convention) if name == "macs_ratio" else value
-        limits[BUDGETS[name]] = min(limit, limits.get(BUDGETS[name], limit))
-    found = table.select(model, **limits, convention=convention, latencies=latencies)
-    timed = "latency" in budget or "throughput" in budget
-    asked = {
-        "max_macs": lambda value: f"at most {format_amount(value)} MACs ({convention})",
-        "max_params": lambda value: f"at most {format_amount(value)} parameters",
-        "max_memory": lambda value: f"at most {format_amount(value, 'B')} of weights",
-        "max_latency": lambda value: f"at most {format_seconds(value)}",
-        "min_throughput": lambda value: f"at least {format_amount(value)} images/s",
+def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
+    """Evaluates sub-networks of a super-network at the sizes asked for, or one sub-network folder."""
+    val_images = open_images(args.data_set, args.data_path, "val")
+    model, table, op_codes, config, grade = _open(args, val_images.num_classes)
+    baseline = None
+    if args.baseline:
+        baseline = load_backbone(
+            args.model, args.model_kwargs, num_classes=val_images.num_classes, checkpoint=args.baseline
+        ).eval()
+    loading = {"batch_size": args.batch_size, "workers": args.workers}
+    val = eval_loader(val_images, config, **loading)
+    weights = args.sub_network or args.checkpoint
+    kind = "averaged (EMA)" if args.use_ema else "raw"
+    say(f"weights: {weights}, {kind}; {len(val_images)} images of {args.data_set}")
+    cut = extract
+    if args.refit:
+        train = open_images(args.data_set, args.data_path, "train")
+        proxy = eval_loader(proxy_set(train, args.proxy_samples, args.seed), config, **loading)
+        cut, grade = partial(refitted, images=[images for images, _ in proxy], device=device), "refitted"
+    facts = {
+        "title": f"{args.data_set}: one super-network of {format_amount(count_params(model))} parameters",
+        "weights": str(weights),
+        "averaged_weights": args.use_ema,
+        "grade": grade,
+        "images": len(val_images),
+        "device": args.device,
+        "batch_size": args.batch_size,
     }
-    where = f", for {latencies.where}" if timed else ""
-    say(f"asked: {' and '.join(asked[name](value) for name, value in limits.items())}{where}")
-    for name, code in (("found", found), ("next up", found - 1), ("next down", found + 1)):
-        if 0 <= code < len(table):
-            sizes: dict[str, float] = count_sizes(model, table.widths(code), convention)
-            sizes |= {"latency": latencies.of(code)} if timed else {}
-            say(f"  {name}: op code {code}, {format_sizes(sizes)}")
-        else:
-            say(f"  {name}: none, op code {found} is the {'whole network' if code < 0 else 'smallest'}")
-    return found
+    if not args.sub_network:
+        facts |= {"full_widths": table.widths(0), "arguments": super_network_words(args)}
+    write = partial(write_sub_network, args, config, facts) if args.write_sub_networks else None
+    amp = getattr(torch, args.amp) if args.amp else None
+    rows = evaluate_sizes(model, table, op_codes, val, device, amp=amp, baseline=baseline, cut=cut, then=write)
+    write_report(rows, args.output_dir, facts)
+
+
+def _open(args: argparse.Namespace, num_classes: int) -> tuple[Backbone, MaskTable, list[int], dict[str, Any], str]:
+    """What the flags name: the model, its sizes, the op codes asked for, the preprocessing, and how sizes are cut."""
+    if args.sub_network:
+        if args.refit or args.compensate:
+            raise UserError(f"--sub-network {args.sub_network} is cut already: leave --refit and --compensate out")
+        model, facts = load_subnetwork(args.sub_network)
+        table, op_codes, grade = MaskTable([full_widths(model)]), [0], facts.get("grade", "cut")
+        config = facts["preprocessing"] | {k: v for k, v in data_overrides(args).items() if v is not None}
+    else:
+        model, table = load_super_network(
+            args.model,
+            args.model_kwargs,
+            checkpoint=args.checkpoint,
+            mask_table=args.mask_table,
+            num_classes=num_classes,
+            use_ema=args.use_ema,
+        )
+        grade = compensate_from(args.checkpoint, model, args.compensate)
+        op_codes = chosen_op_codes(args, model, table)
+        config = preprocessing(model, data_overrides(args))
+    fit_head(model, num_classes, remake=False)
+    return model.eval(), table, op_codes, config, grade
+
+
+def refitted(model: Backbone, widths: dict[str, int], images: list[torch.Tensor], device: torch.device) -> Backbone:
+    """The sub-network at `widths`, its linear layers solved anew on the images."""
+    small = extract(model, widths).to(device)
+    refit(model, small, images)
+    return small
+
+
+def write_sub_network(
+    args: argparse.Namespace, config: dict, facts: dict[str, Any], model: Backbone, row: dict[str, Any]
+) -> None:
+    """Writes an evaluated sub-network as the folder op_<code>/."""
+    if is_main_process():
+        save_subnetwork(
+            args.output_dir / f"op_{row['op_code']}",
+            model,
+            name=args.model,
+            model_kwargs=args.model_kwargs,
+            preprocessing=config,
+            op_code=row["op_code"],
+            accuracy={**accuracy_of(row), "images": facts["images"]},
+            data_set=args.data_set,
+            grade=facts["grade"],
+        )
 
 
 def describe(model: Backbone) -> dict[str, int]:

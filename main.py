@@ -18,22 +18,25 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-import frontier
-from arguments import data_overrides, parse_main_arguments, super_network_words
-from datasets import TrainLoader, eval_loader, open_images, open_splits, preprocessing, proxy_set
-from engine import BothHeads, Progress, Run, Training, evaluate
-from files import CheckpointFolder, RunLog, check_output_dir
-from models.backbone import Backbone, full_widths
+from arguments import data_overrides
+from budgets import asks_for_size, chosen_op_codes
+from datasets import TrainLoader, eval_loader, open_splits, preprocessing, proxy_set
+from engine import Run, accuracy_of, evaluate
+from files import CheckpointFolder, check_output_dir
+from frontier import evaluate_command
+from logs import RunLog
+from main_arguments import parse_main_arguments
+from models.backbone import Backbone
 from models.elastic import make_elastic, set_widths
 from models.extraction import extract
-from models.folder import load_subnetwork, save_subnetwork
+from models.folder import save_subnetwork
 from models.loading import fit_head, load_backbone
-from models.macs import count_params
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
 from piad.regimes import REGIMES
 from piad.selection import format_amount
 from piad.super_network import load_super_network
+from training import BothHeads, Progress, Training
 from utils import (
     Interruptible,
     UserError,
@@ -142,8 +145,8 @@ def start_model(args: argparse.Namespace, num_classes: int) -> Start:
     if args.stage == "finetune":
         model, table = load_super_network(args.model, model_kwargs, mask_table=args.mask_table, **weights)
         grade = compensate_from(args.checkpoint, model, args.compensate)
-        op_codes = frontier.chosen_op_codes(args, model, table)
-        if len(op_codes) != 1 or not frontier.asks_for_size(args):
+        op_codes = chosen_op_codes(args, model, table)
+        if len(op_codes) != 1 or not asks_for_size(args):
             raise UserError(
                 "finetune trains one size: give --op-code, or one value of --macs-ratio, --macs, --params, --memory, "
                 "--latency, --throughput, or of several of them"
@@ -247,11 +250,6 @@ def widths_picture(piad: ProgressiveDropout) -> Figure:
     return draw_widths(piad.table.rows, piad.table.widths(0), list(map(str, range(len(piad.table)))), "op code")
 
 
-def accuracy_of(results: dict[str, float]) -> dict[str, float]:
-    """What of evaluate()'s results is the same each time the run is repeated: all but the speed."""
-    return {key: results[key] for key in ("top1", "top5", "loss")}
-
-
 def finish_finetune(args: argparse.Namespace, model: Backbone, config: dict, facts: dict[str, Any]) -> None:
     """Writes the trained sub-network as a folder."""
     if not is_main_process():
@@ -263,83 +261,6 @@ def finish_finetune(args: argparse.Namespace, model: Backbone, config: dict, fac
         f"written: {args.output_dir}/model.safetensors and config.json: {format_amount(saved['macs']['linear'])} MACs, "
         f"{format_amount(saved['params'])} parameters, top-1 {facts['accuracy']['top1']:.2f} %"
     )
-
-
-def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
-    """Evaluates sub-networks of a super-network at the sizes asked for, or one sub-network folder."""
-    val_images = open_images(args.data_set, args.data_path, "val")
-    amp = getattr(torch, args.amp) if args.amp else None
-    if args.sub_network and (args.refit or args.compensate):
-        raise UserError(f"--sub-network {args.sub_network} is cut already: leave --refit and --compensate out")
-    if args.sub_network:
-        model, config = load_subnetwork(args.sub_network)
-        table, op_codes, weights = MaskTable([full_widths(model)]), [0], args.sub_network
-        grade = config.get("grade", "cut")
-        config = config["preprocessing"] | {k: v for k, v in data_overrides(args).items() if v is not None}
-    else:
-        model, table = load_super_network(
-            args.model,
-            args.model_kwargs,
-            checkpoint=args.checkpoint,
-            mask_table=args.mask_table,
-            num_classes=val_images.num_classes,
-            use_ema=args.use_ema,
-        )
-        grade = compensate_from(args.checkpoint, model, args.compensate)
-        op_codes, weights = frontier.chosen_op_codes(args, model, table), args.checkpoint
-        config = preprocessing(model, data_overrides(args))
-    fit_head(model, val_images.num_classes, remake=False)
-    baseline = None
-    if args.baseline:
-        baseline = load_backbone(
-            args.model, args.model_kwargs, num_classes=val_images.num_classes, checkpoint=args.baseline
-        ).eval()
-    val = eval_loader(val_images, config, batch_size=args.batch_size, workers=args.workers)
-    size = format_amount(count_params(model))
-    kind = "averaged (EMA)" if args.use_ema else "raw"
-    say(f"weights: {weights}, {kind}; {len(val_images)} images of {args.data_set}")
-    cut = extract
-    if args.refit:
-        train = open_images(args.data_set, args.data_path, "train")
-        proxy = eval_loader(
-            proxy_set(train, args.proxy_samples, args.seed), config, batch_size=args.batch_size, workers=args.workers
-        )
-        cut, grade = partial(refitted, images=[images for images, _ in proxy], device=device), "refitted"
-    facts = {"weights": str(weights), "averaged_weights": args.use_ema, "grade": grade, "images": len(val_images)}
-    facts |= {"device": args.device, "batch_size": args.batch_size}
-    if not args.sub_network:
-        facts |= {"full_widths": table.widths(0), "arguments": super_network_words(args)}
-    write = partial(write_sub_network, args, config, facts) if args.write_sub_networks else None
-    rows = frontier.evaluate_sizes(
-        model.eval(), table, op_codes, val, device, amp=amp, baseline=baseline, cut=cut, then=write
-    )
-    title = f"{args.data_set}: one super-network of {size} parameters"
-    frontier.write_report(rows, args.output_dir, {"title": title, **facts})
-
-
-def refitted(model: Backbone, widths: dict[str, int], images: list[torch.Tensor], device: torch.device) -> Backbone:
-    """The sub-network at `widths`, its linear layers solved anew on the images."""
-    small = extract(model, widths).to(device)
-    refit(model, small, images)
-    return small
-
-
-def write_sub_network(
-    args: argparse.Namespace, config: dict, facts: dict[str, Any], model: Backbone, row: dict[str, Any]
-) -> None:
-    """Writes an evaluated sub-network as the folder op_<code>/."""
-    if is_main_process():
-        save_subnetwork(
-            args.output_dir / f"op_{row['op_code']}",
-            model,
-            name=args.model,
-            model_kwargs=args.model_kwargs,
-            preprocessing=config,
-            op_code=row["op_code"],
-            accuracy={**accuracy_of(row), "images": facts["images"]},
-            data_set=args.data_set,
-            grade=facts["grade"],
-        )
 
 
 if __name__ == "__main__":

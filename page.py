@@ -16,6 +16,7 @@ from piad.selection import format_amount
 from utils import UserError, run_program, say
 
 ROOT = Path(__file__).resolve().parent
+GENERATOR = '<meta name="generator" content="page.py">'  # by which a page of ours is known
 # What the page shows of frontier.json.
 FACTS = {"title": str, "weights": str, "averaged_weights": bool, "grade": str, "images": int, "device": str,
          "batch_size": int, "arguments": list, "full_widths": dict, "sizes": list}  # fmt: skip
@@ -29,6 +30,8 @@ def main() -> None:
     group.add_argument("--output", type=Path, metavar="FILE", help="where the page goes (default: DIR/index.html)")
     args = parser.parse_args()
     output = args.output or args.folder / "index.html"
+    if output.is_file() and GENERATOR not in output.read_text(errors="replace"):
+        raise UserError(f"{output} exists and is not a page of page.py: give another --output")
     write_text(output, page_of(read_report(args.folder / "frontier.json"), args.folder))
     say(f"written: {output}")
 

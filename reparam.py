@@ -16,14 +16,16 @@ from torch.utils.data import DataLoader
 from arguments import add_common_arguments, add_dropout_ratio, data_overrides, decimal
 from datasets import eval_loader, open_splits, preprocessing, proxy_set
 from engine import evaluate
-from files import TensorBoard, atomic_file, check_output_dir, write_text
+from files import atomic_file, check_output_dir, write_text
+from logs import TensorBoard
 from models.backbone import Backbone, full_widths, modules_of
 from models.extraction import extract
 from models.loading import fit_head, load_backbone
 from models.macs import count_macs, fixed_macs, macs_per_dim
 from models.taylor import COSTS
 from piad.dropout_list import grow, unit_sizes
-from piad.mask_table import MaskTable
+from piad.mask_table import MASK_TABLE, MaskTable
+from piad.super_network import CONTRACTED
 from utils import (
     UserError,
     init_processes,
@@ -119,7 +121,9 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="WPAC: rotate and sort the weights of a ViT, keeping its function.")
+    parser = argparse.ArgumentParser(
+        description="WPAC: rotate and sort the weights of a vision transformer, keeping its function."
+    )
     add_common_arguments(parser)
     group = parser.add_argument_group("WPAC")
     group.add_argument(
@@ -213,18 +217,18 @@ def save(model: Backbone, facts: dict, table: MaskTable | None, folder: Path) ->
     if not is_main_process():
         return
     weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-    with atomic_file(folder / "contracted.safetensors") as temporary:
+    with atomic_file(folder / CONTRACTED) as temporary:
         save_file(weights, temporary)
     write_text(folder / "contracted.json", json.dumps(facts, indent=1) + "\n")
-    say(f"written: {folder / 'contracted.safetensors'} and contracted.json")
+    say(f"written: {folder / CONTRACTED} and contracted.json")
     if facts["method"] == "best":
         size = save_compensation(folder / COMPENSATION, model)
         say(f"written: {folder / COMPENSATION}, {size / 1e6:.1f} MB")
     else:
         (folder / COMPENSATION).unlink(missing_ok=True)  # of weights that are no longer there
     if table:
-        table.save(folder / "mask_table.json")
-        say(f"written: {folder / 'mask_table.json'}, {len(table)} sizes, without training")
+        table.save(folder / MASK_TABLE)
+        say(f"written: {folder / MASK_TABLE}, {len(table)} sizes, without training")
 
 
 def show(spectra: dict[str, torch.Tensor], facts: dict, folder: Path, images_per_second: float, memory: int) -> None:

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Stage 1: trains a plain ViT, where there is no pre-trained one. On ImageNet, skip it: run_reparam.sh takes timm's weights.
+# Stage 1: trains a plain vision transformer, where there is no pre-trained one. On ImageNet, skip it: run_reparam.sh takes timm's weights.
 #
 #   sh run_pretrain.sh                                                      the embedded digits, 2 CPU cores
 #   DATA_SET=imagenet DATA_PATH=/data/imagenet MODEL=vit_small GPUS=8 sh run_pretrain.sh

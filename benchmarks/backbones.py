@@ -13,6 +13,7 @@ import json
 
 import torch
 
+from arguments import count
 from benchmarks.common import describe_machine
 from benchmarks.sizes import tables
 from models.backbone import create_backbone
@@ -29,7 +30,9 @@ MODELS = {
     "deit3_small_patch16_224": {},
     "vit_small_patch14_dinov2": {"img_size": 224},
     "vit_small_patch16_224": {"img_size": 98, "patch_size": 14},
+    "vit_base_patch16_224": {"qk_norm": True},
     "vit_small_patch16_rope_224": {},
+    "vit_small_plus_patch16_dinov3": {},
     "eva02_tiny_patch14_224": {},
     "swin_tiny_patch4_window7_224": {},
     "swinv2_tiny_window8_256": {},
@@ -61,7 +64,7 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help="default: all"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and importance (default: %(default)s)")
+    parser.add_argument("--seed", type=count, default=0, help="of weights and importance (default: %(default)s)")
     args = parser.parse_args()
     found = {}
     for name in args.models:

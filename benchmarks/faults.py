@@ -35,7 +35,7 @@ from files import load_checkpoint
 from utils import UserError
 
 # Where a disk may be full, and how often a run comes there.
-WRITES = {"files:RunLog.__init__": 1, "torch:save": 9, "piad.mask_table:MaskTable.save": 9, "files:RunLog.epoch": 3}
+WRITES = {"logs:RunLog.__init__": 1, "torch:save": 9, "piad.mask_table:MaskTable.save": 9, "files:RunLog.epoch": 3}
 
 
 @dataclass

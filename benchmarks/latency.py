@@ -1,5 +1,7 @@
 """Time of extracted models against their MACs: sizes of one table, each batch size, eager and compiled.
 
+With --steps: what cutting 4 dims of each head, or 4 hidden units, gains where the rest is not a multiple of 8.
+
 Run from the repository root:  python -m benchmarks.latency
 On a GPU:                      python -m benchmarks.latency --device cuda --model deit_small_patch16_224 --amp
 A quick look, in seconds:      python -m benchmarks.latency --sizes 3 --batch-sizes 1 --modes eager --repeats 2
@@ -26,6 +28,7 @@ from benchmarks.common import (
     positive,
     prepare,
     random_batch,
+    ratio,
     report,
     timing_numbers,
 )
@@ -65,26 +68,55 @@ def measure_sizes(
         for code, model in models.items()
     }
     seconds = alternate(variants, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)
-    rows, larger = [], float("inf")
+    rows, larger = [], None
     for code, model in models.items():
-        own, whole = milliseconds(seconds[str(code)]), milliseconds(seconds["0"])
+        own, whole = seconds[str(code)], seconds["0"]
         share = count_macs(model) / count_macs(models[0])
+        slower = larger is not None and ratio(own, larger) > 1
         rows.append(
             Row(
-                f"{mode}, batch {batch_size}, op code {code}, {share:.1%} of the MACs, {own:.4g} ms"
-                + (", slower than the size before" if own > larger else ""),
+                f"{mode}, batch {batch_size}, op code {code}, {share:.1%} of the MACs, {milliseconds(own):.4g} ms"
+                + (", slower than the size before" if slower else ""),
                 "the ideal line, time",
-                own / (share * whole),
+                ratio(own, whole) / share,
                 numbers=facts_of(model)
                 | {"mode": mode, "batch_size": batch_size, "op_code": code, "macs_share": share}
-                | {"slower_than_larger": own > larger}
-                | timing_numbers({"size": seconds[str(code)], "whole": seconds["0"]}, "whole"),
+                | {"slower_than_larger": slower}
+                | timing_numbers({"size": own, "whole": whole}, "whole"),
             )
         )
         larger = own
     slower = [row.numbers["op_code"] for row in rows if row.numbers["slower_than_larger"]]
     what = f"{mode}, batch {batch_size}: sizes slower than the next larger one"
     rows.append(Row(what, "-", len(slower), 0, unit="", bound=f"op codes {slower}", numbers={"op_codes": slower}))
+    return rows
+
+
+def measure_steps(
+    args: argparse.Namespace, device: torch.device, model: VisionTransformer, batch_size: int
+) -> list[Row]:
+    """A row for each multiple of 8 dims per head (for some of hidden units): the time with 4 fewer, everywhere."""
+    full, amp = full_widths(model), torch.bfloat16 if args.amp else None
+    images, _ = random_batch(model, batch_size, device)
+    rows = []
+    for kind, what in (("attn", "dims per head"), ("mlp", "hidden units")):
+        least = min(width for key, width in full.items() if key.endswith(kind))
+        every = max(least // 64, 1) * 8
+        for width in range(every, least + 1, every):
+            variants = {}
+            for name, kept in (("multiple", width), ("fewer", width - 4)):
+                # Where the stages of a Swin differ, the MLPs of the others are left as they are.
+                cut = {key: kept for key, most in full.items() if key.endswith(kind) and most == least}
+                variants[name] = partial(forward, extract(model, full | cut), images, amp)
+            seconds = alternate(variants, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)
+            rows.append(
+                Row(
+                    f"batch {batch_size}, {width - 4} {what}",
+                    f"{width} {what}, time",
+                    ratio(seconds["fewer"], seconds["multiple"]),
+                    numbers={"batch_size": batch_size, "kind": kind, "width": width} | timing_numbers(seconds),
+                )
+            )
     return rows
 
 
@@ -106,20 +138,20 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="how a model is run")
     parser.add_argument("--sizes", type=positive, default=12, help="how many, evenly spaced in MACs")
     parser.add_argument("--mask-table", type=Path, help="of --model; None: one of random importance, from --seed")
+    parser.add_argument("--steps", action="store_true", help="4 dims or units fewer than a multiple of 8, not sizes")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     args = parser.parse_args()
     device = prepare(args, parser)
     model = make_model(args, device).eval()
-    table = MaskTable.load(args.mask_table) if args.mask_table else tables(model, (2, OP_CODES), args.seed)[1]
-    table.check(full_widths(model), args.model)
-    models = {code: extract(model, table.widths(code)) for code in evenly_spaced(model, table, args.sizes)}
-    rows = [
-        row
-        for mode in args.modes
-        for batch_size in args.batch_sizes
-        for row in measure_sizes(args, device, models, mode, batch_size)
-    ]
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    pairs = [(mode, batch_size) for mode in args.modes for batch_size in args.batch_sizes]
+    if args.steps:
+        rows = [row for batch_size in args.batch_sizes for row in measure_steps(args, device, model, batch_size)]
+    else:
+        table = MaskTable.load(args.mask_table) if args.mask_table else tables(model, (2, OP_CODES), args.seed)[1]
+        table.check(full_widths(model), args.model)
+        models = {code: extract(model, table.widths(code)) for code in evenly_spaced(model, table, args.sizes)}
+        rows = [row for pair in pairs for row in measure_sizes(args, device, models, *pair)]
     report(rows, settings, describe_machine(device))
 
 

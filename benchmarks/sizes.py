@@ -45,12 +45,13 @@ def thinnest_widths(model: VisionTransformer) -> dict[str, int]:
 def tables(model: VisionTransformer, op_codes: tuple[int, int], seed: int) -> tuple[MaskTable, MaskTable]:
     """Two mask tables of so many op codes (fewer, more), from random importance; the first has rows of the second.
 
-    Importance descends in each module, so every unit leaves on its own and the list is as long as it can be.
+    Importance per MAC descends in each module, and is drawn alike for all: every unit leaves on its own, so that the
+    list is as long as it can be, and all modules shrink side by side.
     """
     generator = np.random.default_rng(seed)
     modules = modules_of(model)
-    importance = {key: np.sort(generator.random(module.width))[::-1] for key, module in modules.items()}
     macs = {key: macs_per_dim(module) for key, module in modules.items()}
+    importance = {key: macs[key] * np.sort(generator.random(module.width))[::-1] for key, module in modules.items()}
     whole = grow(MaskTable([full_widths(model)]), importance, unit_sizes(modules), macs, 0.875 * count_macs(model))
     few, more = op_codes
     longer = MaskTable(_evenly(whole.rows, more))

@@ -12,9 +12,7 @@ import importlib.util
 import json
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +21,15 @@ from timm.utils import ParseKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import frontier
 from arguments import add_amp, add_data_set, add_size_arguments, count, positive
+from budgets import asks_for_size, chosen_op_codes
 from datasets import Images, eval_loader, open_images
 from engine import evaluate
 from files import check_output_dir, read_json, write_text
 from models.backbone import Backbone
 from models.extraction import extract
-from models.folder import CONFIG, WEIGHTS, load_subnetwork
+from models.folder import CONFIG, WEIGHTS
+from models.formats import FORMATS, NEEDS, write_formats
 from models.loading import fit_head
 from models.macs import CONVENTIONS
 from models.network import Network, load
@@ -38,12 +37,7 @@ from piad.latency import LATENCY, Latencies
 from piad.selection import count_sizes
 from utils import UserError, init_processes, progress_bar, run_program, say, seed_everything
 
-OPSET = 18
 IMAGES = 16  # random ones, and real ones, that an export is checked on
-LIMIT = 1e-4  # relative error, float32
-LARGEST_FILE = 1.5e9  # bytes of weights inside an .onnx; a protobuf holds 2 GB
-NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
-Logits = Callable[[Tensor], Tensor]
 
 
 def main() -> None:
@@ -58,14 +52,17 @@ def main() -> None:
         use_ema=args.use_ema,
         compensate=args.compensate,
     )
-    op_codes = choose(args, network)
     images = open_images(args.data_set, args.data_path, "val") if args.data_set else None
+    if "top1" in args.measure:
+        fit_head(network.model, images.num_classes, remake=False)
     checks = check_images(network, images)
+    op_codes = choose(args, network)
+    latencies = latencies_of(args, network, device)
     rows = []
     with whole_folder(args.output) as folder:
         for code in progress_bar(op_codes, "sizes"):
             small = extract(network.model, network.table.widths(code)).float().eval()
-            row = measure(args, network, small, code, images, device)
+            row = measure(args, network, small, code, images, latencies)
             place = folder / f"op_{code}" if len(op_codes) > 1 else folder
             rows.append(row | write_formats(args.format, network, small, row, place, folder, checks))
         index = {
@@ -136,9 +133,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def choose(args: argparse.Namespace, network: Network) -> list[int]:
     """The op codes that the flags ask for; a sub-network has but one. Raises UserError where none is asked for."""
-    if frontier.asks_for_size(args) or args.frontier:
+    if asks_for_size(args) or args.frontier:
         args.checkpoint, args.mask_table = network.source, None
-        return frontier.chosen_op_codes(args, network.model, network.table)
+        return chosen_op_codes(args, network.model, network.table)
     if len(network.table) > 1:
         raise UserError(f"{args.network} has {len(network.table)} sizes: give --macs, another budget, or --all 12")
     return [0]
@@ -213,26 +210,30 @@ def _remove_exported(folder: Path) -> None:
 # A size
 
 
+def latencies_of(args: argparse.Namespace, network: Network, device: torch.device) -> Latencies:
+    """What is known of the sizes' latency, and measures what is not."""
+    amp = getattr(torch, args.amp) if args.amp else None
+    beside = network.source.parent / LATENCY
+    return Latencies(network.model, network.table, batch_size=args.batch_size, amp=amp, device=device, path=beside)
+
+
 def measure(
     args: argparse.Namespace,
     network: Network,
     small: Backbone,
     code: int,
     images: Images | None,
-    device: torch.device,
+    latencies: Latencies,
 ) -> dict[str, Any]:
     """The size's op code, MACs, params, memory (bytes); latency and top1 where they are asked for or known."""
-    amp = getattr(torch, args.amp) if args.amp else None
     linear, full = (count_sizes(small, convention=convention) for convention in CONVENTIONS)
     row: dict[str, Any] = {"op_code": code, **linear, "macs": {"linear": linear["macs"], "full": full["macs"]}}
-    beside = network.source.parent / LATENCY
-    latencies = Latencies(network.model, network.table, batch_size=args.batch_size, amp=amp, device=device, path=beside)
     seconds = latencies.of(code) if "latency" in args.measure else latencies.seconds.get(code)
     if seconds is not None:
         where = {key: latencies.key[key] for key in ("device", "batch_size", "dtype", "torch")}
         row["latency"] = {"seconds": seconds, **where}
     if "top1" in args.measure:
-        fit_head(small, images.num_classes, remake=False)
+        device = latencies.device
         row["top1"] = evaluate(small.to(device), loader(network, images, 64), device)["top1"]
         small.to("cpu")
     elif isinstance(network.facts.get("accuracy"), dict):
@@ -251,105 +252,6 @@ def check_images(network: Network, images: Images | None) -> dict[str, Tensor]:
         some = images.subset(range(min(IMAGES, len(images))))
         found["real images"] = next(iter(loader(network, some, IMAGES)))[0]
     return found
-
-
-def write_formats(
-    names: list[str],
-    network: Network,
-    small: Backbone,
-    row: dict[str, Any],
-    place: Path,
-    folder: Path,
-    checks: dict[str, Tensor],
-) -> dict[str, Any]:
-    """Writes one size and checks what was written; the files, relative to `folder`, and the relative errors.
-
-    Raises UserError for an export that does not give what the model gives.
-    """
-    place.mkdir(exist_ok=True)
-    size = Size(network, small, row)
-    entry: dict[str, dict[str, Any]] = {"files": {}, "relative_error": {}}
-    for name in dict.fromkeys(names):
-        path, logits_of = FORMATS[name](size, place)
-        errors = {what: relative_error(logits_of, small, images) for what, images in checks.items()}
-        words = ", ".join(f"{error:.1e} on {len(checks[what])} {what}" for what, error in errors.items())
-        if not all(error < LIMIT for error in errors.values()):  # a NaN is no error below the limit
-            raise UserError(f"{name} of op code {row['op_code']} differs from the model, relative error {words}")
-        say(f"op code {row['op_code']}, {name}: relative error {words}")
-        entry["files"][name] = str(path.relative_to(folder))
-        entry["relative_error"][name] = errors
-    return entry
-
-
-@torch.no_grad()
-def relative_error(logits_of: Logits, model: Backbone, images: Tensor) -> float:
-    """The largest difference of the logits as a share of the largest logit, for one image and for all at once."""
-    expected = model(images)
-    found = torch.cat([logits_of(images[:1]), logits_of(images)[1:]])
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Formats: each writes a size into a folder, and gives the path and what the written file makes of images
-
-
-@dataclass
-class Size:
-    """A sub-network, what is known of it, and, once it is asked for, its graph."""
-
-    network: Network
-    small: Backbone
-    row: dict[str, Any]
-    graph: torch.export.ExportedProgram | None = None
-
-    def program(self) -> torch.export.ExportedProgram:
-        """The model as torch.export sees it, for any number of images."""
-        if self.graph is None:
-            images = torch.randn(2, *self.network.preprocessing["input_size"])
-            batch = torch.export.Dim("batch", min=1)
-            self.graph = torch.export.export(self.small, (images,), dynamic_shapes=({0: batch},))
-            for node in self.graph.graph.nodes:
-                node.meta.pop("stack_trace", None)  # it names folders of this machine
-        return self.graph
-
-
-def write_folder(size: Size, folder: Path) -> tuple[Path, Logits]:
-    known = ("model", "model_kwargs", "widths", "preprocessing", "macs", "params", "grade")
-    facts = {key: value for key, value in size.network.facts.items() if key not in known}
-    if not size.network.facts:
-        facts["op_code"] = size.row["op_code"]
-        facts |= {"accuracy": {"top1": size.row["top1"]}} if "top1" in size.row else {}
-    size.network.save(folder, size.small, **facts)
-    return folder, load_subnetwork(folder)[0]
-
-
-def write_torch_export(size: Size, folder: Path) -> tuple[Path, Logits]:
-    path = folder / "model.pt2"
-    torch.export.save(size.program(), path)
-    return path, torch.export.load(path).module()
-
-
-def write_onnx(size: Size, folder: Path) -> tuple[Path, Logits]:
-    import onnxruntime  # only here: an optional package
-
-    path = folder / "model.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about its own parts
-        torch.onnx.export(
-            size.program(),
-            f=path,
-            input_names=["images"],
-            output_names=["logits"],
-            opset_version=OPSET,
-            dynamo=True,
-            external_data=size.row["memory"] > LARGEST_FILE,
-            verbose=False,
-        )
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return path, lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-
-FORMATS = {"folder": write_folder, "torch-export": write_torch_export, "onnx": write_onnx}
 
 
 if __name__ == "__main__":

@@ -26,13 +26,13 @@ from timm.data import create_transform
 from torch import Tensor
 
 from datasets import preprocessing
-from files import CheckpointFolder, load_checkpoint, read_json
-from piad.mask_table import MaskTable
-from piad.super_network import load_super_network
+from files import CheckpointFolder, load_checkpoint, read_json, shown
+from piad.mask_table import MASK_TABLE, MaskTable
+from piad.super_network import CONTRACTED, load_super_network
 from utils import UserError
 from wpac.compensation import compensate_from
 
-from .backbone import Backbone, full_widths
+from .backbone import ALIASES, Backbone, full_widths
 from .folder import (
     CONFIG,
     WEIGHTS,
@@ -41,8 +41,6 @@ from .folder import (
     load_subnetwork,
     save_subnetwork,
 )
-
-MASK_TABLE, CONTRACTED = "mask_table.json", "contracted.safetensors"
 
 
 @dataclass
@@ -70,7 +68,7 @@ class Network:
         return create_transform(**self.preprocessing)(image.convert(mode))
 
     def save(self, folder: Path, small: Backbone, **facts: Any) -> dict[str, Any]:
-        """Writes a sub-network extracted from `model` as a folder that load() opens; returns its config.
+        """Writes a sub-network extracted from `model` as a folder that load() opens, over one there; gives its config.
 
         facts: anything plain to add to config.json. Raises UserError where the folder cannot be written.
         """
@@ -110,7 +108,7 @@ def load(
             raise UserError(f"{path} is a sub-network, which is cut already: leave model, averaging, compensation out")
         return _sub_network(folder)
     weights = _weights_in(path) if path.is_dir() else path
-    facts = {"model": name, "model_kwargs": model_kwargs or {}} if name else _facts_of(weights)
+    facts = _facts_of(weights, name, model_kwargs or {})
     model, table = load_super_network(facts["model"], facts["model_kwargs"], checkpoint=weights, use_ema=use_ema)
     grade = compensate_from(weights, model, compensate)
     kept = ("mean", "std", "interpolation", "crop_pct")
@@ -139,14 +137,23 @@ def _weights_in(folder: Path) -> Path:
     return weights
 
 
-def _facts_of(weights: Path) -> dict[str, Any]:
-    """What is written down beside the weights: model, model_kwargs, and how images are prepared."""
+def _facts_of(weights: Path, name: str | None, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What is written down with the weights (model, model_kwargs, how images are prepared), else what is given.
+
+    Raises UserError where neither says of which model they are, or where the two differ.
+    """
     beside = weights.with_suffix(".json")
     facts = read_json(beside) if beside.is_file() else load_checkpoint(weights).get("settings")
     source = beside if beside.is_file() else weights
     if not isinstance(facts, dict) or not isinstance(facts.get("model"), str):
+        if name:
+            return {"model": name, "model_kwargs": model_kwargs}
         raise UserError(f"{source} does not say of which model it is: give its name (--model, --model-kwargs)")
     if not isinstance(facts.get("model_kwargs"), dict):
         raise UserError(f"{source}: model_kwargs is missing or not of type dict")
+    other = name and ALIASES.get(name, name) != ALIASES.get(facts["model"], facts["model"])
+    if other or (model_kwargs and model_kwargs != facts["model_kwargs"]):
+        known = " ".join([facts["model"], *(f"{key}={value}" for key, value in facts["model_kwargs"].items())])
+        raise UserError(f"{source} says that its model is {shown(known)}: leave --model and --model-kwargs out")
     check_model_kwargs(facts["model"], facts["model_kwargs"], source)
     return facts

@@ -14,6 +14,7 @@ from utils import UserError
 from .latency import Latencies
 from .selection import largest_within
 
+MASK_TABLE = "mask_table.json"  # beside the weights of a super-network
 SMALLEST = -1  # the op code of the smallest network, whatever the number of codes
 # Far above any network and any list of units: a file that claims more is refused before it is expanded.
 MAX_OP_CODES, MAX_MODULES = 100_000, 10_000
@@ -82,9 +83,9 @@ class MaskTable:
         """
         limits = {"macs": max_macs, "params": max_params, "memory": max_memory, "latency": max_latency}
         limits = {key: limit for key, limit in limits.items() if limit is not None}
-        if max_latency is not None or min_throughput is not None:
+        if max_latency is not None or min_throughput:
             latencies = latencies or Latencies(model, self)
-        if min_throughput is not None:
+        if min_throughput:
             limits["latency"] = min(limits.get("latency", float("inf")), latencies.batch_size / min_throughput)
         return largest_within(model, self, limits, convention, latencies)
 

@@ -13,7 +13,7 @@ from utils import UserError, is_main_process
 
 from .dropout_list import grow, unit_sizes
 from .importance import Batches, importance_of_dims
-from .mask_table import MaskTable
+from .mask_table import MASK_TABLE, MaskTable
 from .sampling import draw_op_code
 
 
@@ -89,4 +89,4 @@ class ProgressiveDropout:
     def save(self, folder: Path) -> None:
         """Writes mask_table.json into the folder, on the main process."""
         if is_main_process():
-            self.table.save(folder / "mask_table.json")
+            self.table.save(folder / MASK_TABLE)

@@ -119,9 +119,9 @@ def _too_small(model: Backbone, table: MaskTable, limits: dict[str, float], conv
     )
 
 
-def evenly_spaced(model: Backbone, table: MaskTable, count: int) -> list[int]:
+def evenly_spaced(model: Backbone, table: MaskTable, count: int, convention: str = "linear") -> list[int]:
     """At most `count` op codes, from 0 to the smallest, whose MACs lie as evenly as the table allows."""
-    macs = [count_macs(model, row) for row in table.rows]
+    macs = [count_macs(model, row, convention) for row in table.rows]
     step = (macs[0] - macs[-1]) / max(count - 1, 1)
     wanted = [macs[0] - step * i for i in range(count)]
     return sorted({min(range(len(macs)), key=lambda code: (abs(macs[code] - w), code)) for w in wanted})

@@ -9,7 +9,9 @@ from models.backbone import Backbone, full_widths
 from models.loading import load_backbone
 from utils import UserError
 
-from .mask_table import MaskTable
+from .mask_table import MASK_TABLE, MaskTable
+
+CONTRACTED = "contracted.safetensors"  # what WPAC writes, and PIAD starts from
 
 
 def load_super_network(
@@ -29,6 +31,6 @@ def load_super_network(
     if checkpoint is None:
         raise UserError("--checkpoint is missing: give the super-network's checkpoint_<epoch>.pth")
     model = load_backbone(name, model_kwargs, num_classes=num_classes, checkpoint=checkpoint, use_ema=use_ema)
-    table = MaskTable.load(mask_table or Path(checkpoint).parent / "mask_table.json")
+    table = MaskTable.load(mask_table or Path(checkpoint).parent / MASK_TABLE)
     table.check(full_widths(model), name)
     return model, table

@@ -16,7 +16,7 @@ from timm.loss import SoftTargetCrossEntropy
 import main
 import models.export
 import reparam
-from arguments import parse_main_arguments
+from main_arguments import parse_main_arguments
 
 PARSERS = {"main.py": parse_main_arguments, "reparam.py": reparam.parse_arguments}
 

@@ -12,8 +12,8 @@ from programs import COMMON, NAME, PROXY, TRAIN, Road, exit_code, run, snapshot,
 from safetensors.torch import load_file
 
 import datasets
+from datasets import preprocessing
 from engine import evaluate
-from main import preprocessing
 from models.backbone import full_widths
 from models.extraction import extract
 from models.folder import load_subnetwork

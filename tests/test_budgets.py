@@ -122,6 +122,7 @@ def test_where_time_follows_macs_bisection_finds_the_largest(share: float, netwo
     assert found == table.select(model, max_macs=share * count_macs(model))
     assert len(measured) <= math.ceil(math.log2(len(table))) + 1
     assert table.select(model, min_throughput=1 / limit) == found
+    assert table.select(model, min_throughput=0) == 0
 
 
 def test_what_is_found_was_measured_and_meets_the_limit_even_where_time_jumps(network, clock):

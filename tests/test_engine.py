@@ -21,8 +21,10 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
 import engine
-from engine import Progress, Run, Training, evaluate, train_one_epoch
-from files import CheckpointFolder, RunLog, load_checkpoint
+from engine import Run, evaluate, train_one_epoch
+from files import CheckpointFolder, load_checkpoint
+from logs import RunLog
+from training import Progress, Training
 from utils import UserError
 
 CPU = torch.device("cpu")

@@ -13,18 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from programs import MODEL, NAME, ROOT, Road, exit_code, run, snapshot
 from safetensors.torch import save_file
 
-from models import export as program
-from models import load
-from models.export import relative_error
+from models import formats, load
 from models.extraction import extract
+from models.formats import relative_error
 from models.macs import count_macs, count_params
+from piad.latency import Latencies
 from utils import UserError
 
 needs_onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in program.NEEDS["onnx"]),
+    any(importlib.util.find_spec(name) is None for name in formats.NEEDS["onnx"]),
     reason="needs requirements-export.txt",
 )
 
@@ -252,11 +253,11 @@ def test_an_output_that_exists_is_written_over_only_with_force(road: Road, tmp_p
 
 
 def test_an_export_that_differs_is_not_written(road: Road, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
-    def off(size: program.Size, folder: Path) -> tuple[Path, program.Logits]:
-        path, logits_of = program.write_folder(size, folder)
+    def off(size: formats.Size, folder: Path) -> tuple[Path, formats.Logits]:
+        path, logits_of = formats.write_folder(size, folder)
         return path, lambda images: logits_of(images) * 1.001
 
-    monkeypatch.setitem(program.FORMATS, "folder", off)
+    monkeypatch.setitem(formats.FORMATS, "folder", off)
     line = refused(capsys, road.peelable, "--op-code", 3, "--output", tmp_path / "out")
     assert "folder of op code 3 differs from the model, relative error 1.0e-03 on 16 random images" in line
     assert snapshot(tmp_path) == {}
@@ -290,6 +291,27 @@ def test_one_line_for_what_cannot_be(flags: list, says: str, road: Road, tmp_pat
     flags = flags if "--output" in flags else [*flags, "--output", tmp_path / "out"]
     assert exit_code("export.py", road.peelable, "--op-code", 1, *flags, "--device", "cpu") == 2
     assert says in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_said_before_anything_is_measured(road: Road, tmp_path: Path, capsys, monkeypatch):
+    peelable, asked = tmp_path / "peelable", ("--latency", "1s", "--output", tmp_path / "out")
+    shutil.copytree(road.peelable, peelable)
+    with monkeypatch.context() as patch:
+        patch.setattr(Latencies, "of", lambda *_: pytest.fail("a size was measured"))
+        assert "/none does not exist" in refused(
+            capsys, peelable, *asked, "--data-set", "folder", "--data-path", "/none"
+        )
+        three = tmp_path / "three"
+        for part in ("train/a", "train/b", "train/c", "val/a", "val/b", "val/c"):
+            (three / part).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(three / part / "0.png")
+        wrong = ("--measure", "top1", "--data-set", "folder", "--data-path", three)
+        assert "the model has 10 classes, the data has 3" in refused(capsys, peelable, *asked, *wrong)
+    (peelable / "latency.json").write_text("{}")
+    assert "latency.json does not hold latencies; delete it" in refused(
+        capsys, peelable, "--op-code", 0, "--output", tmp_path / "out"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sub_network_is_not_cut_again(road: Road, tmp_path: Path):

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from main import start_training
 from models.backbone import blocks_of, create_backbone, family_of, first_layers, full_widths, modules_of, value_layer
 from models.elastic import ValueLayer, ValueProjection, make_elastic, set_widths
-from models.export import Size
 from models.extraction import extract
 from models.folder import load_subnetwork, save_subnetwork
+from models.formats import Size
 from models.macs import count_macs, count_params, fixed_macs
 from models.parts import Bypass, parameters_of
 from piad.dropout_list import unit_sizes

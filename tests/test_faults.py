@@ -24,10 +24,12 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from tiny import random_backbone, random_data
 
-from engine import Progress, Run, Training, evaluate
-from files import CheckpointFolder, RunLog, load_checkpoint
+from engine import Run, evaluate
+from files import CheckpointFolder, load_checkpoint
+from logs import RunLog
 from models.elastic import make_elastic
 from piad.progressive import ProgressiveDropout
+from training import Progress, Training
 
 REFRESH = "piad.importance:dimension_importance"
 LOSS = "timm.loss:SoftTargetCrossEntropy.forward"
@@ -104,7 +106,7 @@ KILLS = [
     Kill("between checkpoint and deletion", Fault("files:CheckpointFolder.epochs", 7), "epoch 2, step 2"),
     Kill("during the importance refresh", Fault(REFRESH, 2), "epoch 1, step 0"),
     Kill("at an epoch's end, evaluating", Fault("engine:evaluate", 4), "epoch 1, step 4"),
-    Kill("at an epoch's end, logged and not saved", Fault("files:RunLog.flush", 6), "epoch 1, step 4"),
+    Kill("at an epoch's end, logged and not saved", Fault("logs:RunLog.flush", 6), "epoch 1, step 4"),
 ]
 
 
@@ -291,11 +293,11 @@ def assert_says_what_was_not_written(ended: Ended, folder: Path, name: str, epoc
 @pytest.mark.parametrize(
     ("at", "call", "name", "epochs", "place"),
     [
-        ("files:RunLog.__init__", 1, "to the output folder", [], None),
+        ("logs:RunLog.__init__", 1, "to the output folder", [], None),
         ("torch:save", 4, "{}/checkpoint_1.pth", [0], "epoch 1, step 0"),
         ("piad.mask_table:MaskTable.save", 4, "{}/mask_table.json", [0, 1], "epoch 1, step 2"),
         # TensorBoard writes in a thread of its own, which may come upon it first.
-        ("files:RunLog.epoch", 2, "{}/checkpoint_1.pth|to the output folder", [0, 1], "epoch 1, step 4"),
+        ("logs:RunLog.epoch", 2, "{}/checkpoint_1.pth|to the output folder", [0, 1], "epoch 1, step 4"),
         (LOSS, 9, "{}/checkpoint_1.pth", [0, 1], "epoch 1, step 2"),
     ],
     ids=["at the start", "saving", "between checkpoint and table", "logging", "in a step"],
@@ -321,7 +323,7 @@ def test_a_quota(unhurt: Unhurt, tmp_path: Path):
     [
         ("files:CheckpointFolder.to_resume", 1, "{}/log.txt", [], None),
         ("files:CheckpointFolder.save", 4, "{}/checkpoint_1.pth", [0], "epoch 1, step 0"),
-        ("files:RunLog.epoch", 2, "{}/log.txt", [0, 1], "epoch 1, step 4"),
+        ("logs:RunLog.epoch", 2, "{}/log.txt", [0, 1], "epoch 1, step 4"),
     ],
     ids=["at the start", "saving", "logging"],
 )

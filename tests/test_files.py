@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 import files
+import logs
 from files import (
     CheckpointFolder,
-    RunLog,
     atomic_file,
     check_like,
     check_output_dir,
@@ -25,6 +25,7 @@ from files import (
     weights_of,
     write_text,
 )
+from logs import RunLog
 from utils import UserError
 
 WEIGHTS = {"head.weight": torch.arange(6.0).view(2, 3), "head.bias": torch.zeros(2)}
@@ -402,6 +403,6 @@ def test_a_line_that_was_cut_short_does_not_stop_a_resumed_run(tmp_path):
 
 
 def test_other_ranks_write_no_log(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "is_main_process", lambda: False)
+    monkeypatch.setattr(logs, "is_main_process", lambda: False)
     write_epochs(tmp_path, 0, 2)
     assert list(tmp_path.iterdir()) == []

@@ -29,7 +29,7 @@ from timm.utils import ModelEmaV3
 
 import datasets
 import main
-from engine import Progress, Training, train_one_epoch
+from engine import train_one_epoch
 from files import CheckpointFolder, load_checkpoint
 from models.backbone import full_widths
 from models.elastic import make_elastic
@@ -37,6 +37,7 @@ from models.extraction import extract
 from models.folder import load_subnetwork, save_subnetwork
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
+from training import Progress, Training
 from utils import UserError
 
 TESTS = 5  # that share a profile's examples

@@ -99,6 +99,16 @@ def test_weights_that_do_not_say_their_model_take_a_name(road: Road, tmp_path: P
     assert_same_weights(load(tmp_path, name=NAME, model_kwargs=MODEL_KWARGS).model, road.weights())
 
 
+def test_a_name_beside_weights_that_say_theirs(road: Road):
+    """What is recorded counts; a name that says the same is no mistake."""
+    network = load(road.peelable, name=NAME)
+    assert network.model_kwargs == MODEL_KWARGS and network.preprocessing == load(road.peelable).preprocessing
+    assert load(road.peelable, name=NAME, model_kwargs=MODEL_KWARGS).name == NAME
+    for given in ({"name": "vit_small"}, {"name": NAME, "model_kwargs": {**MODEL_KWARGS, "depth": 3}}):
+        with pytest.raises(UserError, match=f"says that its model is {NAME} .*depth=.*: leave --model"):
+            load(road.peelable, **given)
+
+
 def test_settings_reach_no_file(road: Road, tmp_path: Path):
     """A checkpoint is data from elsewhere: what it says of its model may shape it and nothing else."""
     state = load_checkpoint(road.super_network)

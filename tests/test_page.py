@@ -189,6 +189,15 @@ def test_a_report_that_lacks_something_is_refused(change, named: str, report: di
     assert not (tmp_path / "index.html").exists()
 
 
+def test_a_file_that_is_no_page_is_not_written_over(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "notes.html").write_text("mine")
+    assert exit_code("page.py", folder, "--output", tmp_path / "notes.html") == 2
+    assert "notes.html exists and is not a page of page.py: give another --output" in capsys.readouterr().err
+    assert (tmp_path / "notes.html").read_text() == "mine"
+    for _ in range(2):  # a page is made anew as often as one likes
+        run("page.py", folder, "--output", tmp_path / "index.html")
+
+
 def test_a_folder_without_a_report_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert exit_code("page.py", tmp_path / "nowhere") == 2
     assert f"cannot read {tmp_path / 'nowhere' / 'frontier.json'}" in capsys.readouterr().err

@@ -213,16 +213,18 @@ def test_frontier_sizes_are_the_largest_that_fit(road: Road, frontier: Path):
         assert count_macs(model, table.widths(code)) <= limit < count_macs(model, table.widths(code - 1))
 
 
-def test_frontier_is_evenly_spaced(road: Road, tmp_path: Path):
+@pytest.mark.parametrize("convention", ["linear", "full"])
+def test_frontier_is_evenly_spaced(convention: str, road: Road, tmp_path: Path):
     model, table = super_network(road)
-    run("main.py", "--eval", *COMMON, "--checkpoint", road.super_network, "--frontier", 5, "--output-dir", tmp_path)
+    run("main.py", "--eval", *COMMON, "--checkpoint", road.super_network, "--frontier", 5, "--macs-convention",
+        convention, "--output-dir", tmp_path)  # fmt: skip
     rows = read_rows(tmp_path)
     assert [rows[0]["op_code"], rows[-1]["op_code"]] == [0, len(table) - 1]
-    macs = [count_macs(model, row) for row in table.rows]
+    macs = [count_macs(model, row, convention) for row in table.rows]
     gap = max(before - after for before, after in itertools.pairwise(macs))  # no size lies closer than half
     for number, row in enumerate(rows):
         wanted = macs[0] - (macs[0] - macs[-1]) * number / 4
-        assert abs(row["macs_linear"] - wanted) <= gap / 2
+        assert abs(row[f"macs_{convention}"] - wanted) <= gap / 2
     assert all("baseline_top1" not in row for row in rows)
 
 

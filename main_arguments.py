@@ -1,0 +1,213 @@
+"""The flags of main.py, and the recipe of each stage."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from arguments import (
+    add_amp,
+    add_common_arguments,
+    add_dropout_ratio,
+    add_size_arguments,
+    count,
+    data_overrides,
+    decimal,
+    positive,
+    share,
+)
+from piad.regimes import REGIMES
+
+# The paper's recipe, DeiT's where the paper says nothing. DeiT-B trains 150 epochs of PIAD: run_train.sh says so.
+RECIPES = {
+    "pretrain": {"epochs": 300, "lr": 5e-4, "min_lr": 1e-5, "warmup_epochs": 5, "drop_path": 0.1, "ema_decay": 0.99996},
+    "piad": {"epochs": 300, "lr": 5e-4, "min_lr": 1e-5, "warmup_epochs": 0, "drop_path": 0.0, "ema_decay": 0.99996},
+    "finetune": {"epochs": 30, "lr": 5e-5, "min_lr": 1e-6, "warmup_epochs": 0, "drop_path": 0.1, "ema_decay": 0.0},
+}
+
+
+def parse_main_arguments() -> argparse.Namespace:
+    """main.py's flags; the defaults of the optimization group are those of --stage."""
+    parser = argparse.ArgumentParser(
+        description="Train a vision transformer, train its super-network with PIAD, fine-tune or evaluate sub-networks."
+    )
+    group = parser.add_argument_group("what to do")
+    group.add_argument(
+        "--stage",
+        choices=RECIPES,
+        default="piad",
+        help="pretrain: a plain model; piad: a super-network from contracted weights; finetune: one "
+        "extracted sub-network (default: %(default)s)",
+    )
+    group.add_argument("--eval", action="store_true", help="evaluate sub-networks instead of training")
+    add_common_arguments(parser)
+    _add_super_network_arguments(parser)
+    add_size_arguments(parser)
+    _add_optimization_arguments(parser)
+    _add_augmentation_arguments(parser)
+    _add_checkpoint_arguments(parser)
+    # The stage first, alone: --help, too, shows that stage's defaults.
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--stage", default="piad")
+    parser.set_defaults(**RECIPES.get(first.parse_known_args()[0].stage, {}))
+    return parser.parse_args()
+
+
+def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("super-network")
+    group.add_argument("--mask-table", type=Path, metavar="FILE", help="mask_table.json of the super-network")
+    group.add_argument("--sub-network", type=Path, metavar="DIR", help="with --eval: a folder written by finetune")
+    group.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="FILE",
+        help="with --eval: weights to cut to the same widths, shown beside the super-network's",
+    )
+    group.add_argument("--frontier", type=positive, metavar="N", help="N sizes, evenly spaced in MACs")
+    group.add_argument(
+        "--compensate",
+        action=argparse.BooleanOptionalAction,
+        help="sub-networks make up for what they lost; needs compensation.safetensors beside --checkpoint (default: "
+        "where it is)",
+    )
+    group.add_argument(
+        "--refit",
+        action="store_true",
+        help="solve the linear layers of a sub-network anew on --proxy-samples training images, without labels",
+    )
+    group.add_argument(
+        "--write-sub-networks", action="store_true", help="with --eval: also write each size as a folder op_<code>/"
+    )
+    add_dropout_ratio(group)
+    group.add_argument(
+        "--regime",
+        choices=REGIMES,
+        default="piad",
+        help="what a step trains: piad, or what it is compared with: the whole network, or one that lacks units or "
+        "modules drawn by chance, on average as many as with piad (default: %(default)s)",
+    )
+    group.add_argument(
+        "--progressive-epochs",
+        type=positive,
+        default=50,
+        metavar="N",
+        help="epochs over which the dropout list grows, P_e (default: %(default)s)",
+    )
+
+
+def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimization (defaults: the stage's recipe)")
+    group.add_argument("--epochs", type=positive, metavar="N", help="epochs to train (default: %(default)s)")
+    group.add_argument("--opt", default="adamw", help="timm's name of the optimizer (default: %(default)s)")
+    group.add_argument(
+        "--lr",
+        type=decimal,
+        metavar="X",
+        help="learning rate for 512 images a step; scaled linearly (default: %(default)s)",
+    )
+    group.add_argument(
+        "--min-lr",
+        type=decimal,
+        metavar="X",
+        help="learning rate at the end of the cosine, as it is (default: %(default)s)",
+    )
+    group.add_argument(
+        "--warmup-epochs", type=count, metavar="N", help="epochs of linear warm-up from 1e-6 (default: %(default)s)"
+    )
+    group.add_argument("--weight-decay", type=decimal, default=0.05, metavar="X", help="default: %(default)s")
+    group.add_argument("--clip-grad", type=decimal, metavar="X", help="largest gradient norm (default: no clipping)")
+    group.add_argument("--drop-path", type=share, metavar="X", help="stochastic depth rate (default: %(default)s)")
+    group.add_argument(
+        "--ema-decay",
+        type=share,
+        metavar="X",
+        help="decay of the averaged weights, 0 = none (default: %(default)s)",
+    )
+    add_amp(group)
+
+
+def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("augmentation (defaults: DeiT's)")
+    group.add_argument(
+        "--aa",
+        default="rand-m9-mstd0.5-inc1",
+        metavar="POLICY",
+        help="timm's auto augment policy, none = off (default: %(default)s)",
+    )
+    group.add_argument("--color-jitter", type=decimal, default=0.3, metavar="X", help="default: %(default)s")
+    group.add_argument(
+        "--scale",
+        type=share,
+        nargs=2,
+        default=(0.08, 1.0),
+        metavar="X",
+        help="share of the image's area that a random crop keeps (default: 0.08 1)",
+    )
+    group.add_argument(
+        "--ratio",
+        type=decimal,
+        nargs=2,
+        default=(3 / 4, 4 / 3),
+        metavar="X",
+        help="aspect ratio of a random crop (default: 3/4 4/3)",
+    )
+    group.add_argument("--hflip", type=share, default=0.5, metavar="P", help="chance of a mirror image (default: 0.5)")
+    group.add_argument(
+        "--reprob", type=share, default=0.25, metavar="P", help="chance of random erasing (default: %(default)s)"
+    )
+    group.add_argument("--mixup", type=decimal, default=0.8, metavar="ALPHA", help="0 = off (default: %(default)s)")
+    group.add_argument("--cutmix", type=decimal, default=1.0, metavar="ALPHA", help="0 = off (default: %(default)s)")
+    group.add_argument("--smoothing", type=share, default=0.1, metavar="X", help="of labels (default: %(default)s)")
+    group.add_argument(
+        "--repeated-aug",
+        type=count,
+        default=3,
+        metavar="N",
+        help="how often an epoch repeats an image, augmented anew, 0 = off (default: %(default)s)",
+    )
+
+
+def _add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("checkpoints and logs")
+    group.add_argument(
+        "--resume", metavar="FILE", help="go on from a checkpoint of this run; auto: the newest in --output-dir, if any"
+    )
+    group.add_argument(
+        "--checkpoint-steps",
+        type=count,
+        default=0,
+        metavar="N",
+        help="also save each N steps of an epoch; 0 = at its end only (default: %(default)s)",
+    )
+    group.add_argument(
+        "--keep-every",
+        type=count,
+        default=0,
+        metavar="N",
+        help="besides the last two and the best, keep each N-th epoch's checkpoint; 0 = none",
+    )
+    group.add_argument(
+        "--eval-every",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="epochs from one evaluation to the next (default: %(default)s)",
+    )
+
+
+def super_network_words(args: argparse.Namespace) -> list[str]:
+    """The words with which main.py --eval opens this super-network again: all but sizes, speed and output folder."""
+    words = ["--model", args.model]
+    if args.model_kwargs:
+        words += ["--model-kwargs", *(f"{key}={value}" for key, value in args.model_kwargs.items())]
+    given = {key: getattr(args, key) for key in ("checkpoint", "mask_table", "data_set", "data_path")}
+    given |= data_overrides(args)
+    if args.refit:
+        given |= {"proxy_samples": args.proxy_samples, "seed": args.seed}
+    for key, value in given.items():
+        if value is not None:
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{key.replace('_', '-')}", *map(str, values)]
+    words += ["--eval-ema"] if args.use_ema else []
+    words += ["--refit"] if args.refit else []
+    return words + ([] if args.compensate is None else ["--compensate" if args.compensate else "--no-compensate"])

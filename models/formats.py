@@ -1,0 +1,123 @@
+"""The formats of an export: each writes a sub-network, and what was written is read back and compared with it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils import UserError, say
+
+from .backbone import Backbone
+from .folder import load_subnetwork
+from .network import Network
+
+OPSET = 18
+LIMIT = 1e-4  # relative error, float32
+LARGEST_FILE = 1.5e9  # bytes of weights inside an .onnx; a protobuf holds 2 GB
+NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
+Logits = Callable[[Tensor], Tensor]
+
+
+def write_formats(
+    names: list[str],
+    network: Network,
+    small: Backbone,
+    row: dict[str, Any],
+    place: Path,
+    folder: Path,
+    checks: dict[str, Tensor],
+) -> dict[str, Any]:
+    """Writes one size and checks what was written; the files, relative to `folder`, and the relative errors.
+
+    Raises UserError for an export that does not give what the model gives.
+    """
+    place.mkdir(exist_ok=True)
+    size = Size(network, small, row)
+    entry: dict[str, dict[str, Any]] = {"files": {}, "relative_error": {}}
+    for name in dict.fromkeys(names):
+        path, logits_of = FORMATS[name](size, place)
+        errors = {what: relative_error(logits_of, small, images) for what, images in checks.items()}
+        words = ", ".join(f"{error:.1e} on {len(checks[what])} {what}" for what, error in errors.items())
+        if not all(error < LIMIT for error in errors.values()):  # a NaN is no error below the limit
+            raise UserError(f"{name} of op code {row['op_code']} differs from the model, relative error {words}")
+        say(f"op code {row['op_code']}, {name}: relative error {words}")
+        entry["files"][name] = str(path.relative_to(folder))
+        entry["relative_error"][name] = errors
+    return entry
+
+
+@torch.no_grad()
+def relative_error(logits_of: Logits, model: Backbone, images: Tensor) -> float:
+    """The largest difference of the logits as a share of the largest logit, for one image and for all at once."""
+    expected = model(images)
+    found = torch.cat([logits_of(images[:1]), logits_of(images)[1:]])
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats: each writes a size into a folder, and gives the path and what the written file makes of images
+
+
+@dataclass
+class Size:
+    """A sub-network, what is known of it, and, once it is asked for, its graph."""
+
+    network: Network
+    small: Backbone
+    row: dict[str, Any]
+    graph: torch.export.ExportedProgram | None = None
+
+    def program(self) -> torch.export.ExportedProgram:
+        """The model as torch.export sees it, for any number of images."""
+        if self.graph is None:
+            images = torch.randn(2, *self.network.preprocessing["input_size"])
+            batch = torch.export.Dim("batch", min=1)
+            self.graph = torch.export.export(self.small, (images,), dynamic_shapes=({0: batch},))
+            for node in self.graph.graph.nodes:
+                node.meta.pop("stack_trace", None)  # it names folders of this machine
+        return self.graph
+
+
+def write_folder(size: Size, folder: Path) -> tuple[Path, Logits]:
+    known = ("model", "model_kwargs", "widths", "preprocessing", "macs", "params", "grade")
+    facts = {key: value for key, value in size.network.facts.items() if key not in known}
+    if not size.network.facts:
+        facts["op_code"] = size.row["op_code"]
+        facts |= {"accuracy": {"top1": size.row["top1"]}} if "top1" in size.row else {}
+    size.network.save(folder, size.small, **facts)
+    return folder, load_subnetwork(folder)[0]
+
+
+def write_torch_export(size: Size, folder: Path) -> tuple[Path, Logits]:
+    path = folder / "model.pt2"
+    torch.export.save(size.program(), path)
+    return path, torch.export.load(path).module()
+
+
+def write_onnx(size: Size, folder: Path) -> tuple[Path, Logits]:
+    import onnxruntime  # only here: an optional package
+
+    path = folder / "model.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about its own parts
+        torch.onnx.export(
+            size.program(),
+            f=path,
+            input_names=["images"],
+            output_names=["logits"],
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=size.row["memory"] > LARGEST_FILE,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return path, lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+FORMATS = {"folder": write_folder, "torch-export": write_torch_export, "onnx": write_onnx}
