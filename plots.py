@@ -212,6 +212,31 @@ def plot_alternatives(
     _save(figure, path)
 
 
+def plot_latency(sizes: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Time against MACs, both as shares (percent) of the whole network's: a panel a batch size, a line a mode.
+
+    sizes: mode, batch_size, macs_share, ratio_size_to_whole (of the times), as benchmarks/latency.py measures them.
+    """
+    batches = list(dict.fromkeys(size["batch_size"] for size in sizes))
+    figure, panels = plt.subplots(1, len(batches), figsize=(10, 4.2), layout="constrained", sharey=True, squeeze=False)
+    for axes, batch_size in zip(panels[0], batches, strict=True):
+        for style, mode in enumerate(dict.fromkeys(size["mode"] for size in sizes)):
+            own = [size for size in sizes if (size["mode"], size["batch_size"]) == (mode, batch_size)]
+            times = [100 * size["ratio_size_to_whole"]["median"] for size in own]
+            look = {"color": (BLUE, ORANGE)[style], "marker": "os"[style], "markersize": 4, "linewidth": 1.2}
+            axes.plot([100 * size["macs_share"] for size in own], times, label=mode, **look)
+        axes.plot([0, 100], [0, 100], color="black", linewidth=0.8, linestyle=":", label="ideal line")
+        axes.set(xlabel="MACs, % of the whole network's", title=f"batch {batch_size}")
+        axes.set_xlim(0, 105)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set(ylabel="time, % of the whole network's")
+    panels[0][0].legend(frameon=False, loc="lower right")
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
 def _two_panels(whole: dict[str, Any], xlabel: str) -> tuple[Figure, list[Axes]]:
     """Top-1 on the left, with the whole model's; KL on the right."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")

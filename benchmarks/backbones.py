@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from arguments import count
 from benchmarks.common import describe_machine
 from benchmarks.sizes import tables
+from files import write_text
 from models.backbone import create_backbone
 from models.extraction import extract
 from models.macs import count_macs, count_params
 from piad.selection import evenly_spaced, format_amount
 from utils import run_program
 
+SIZES = 12
 MODELS = {
     "deit_tiny_patch16_224": {},
     "deit_small_patch16_224": {},
@@ -43,8 +47,8 @@ def measure(name: str, model_kwargs: dict, seed: int) -> list[dict]:
     """A row for each of twelve sizes."""
     torch.manual_seed(seed)
     model = create_backbone(name, **model_kwargs).eval()
-    _, table = tables(model, (12, 400), seed)
-    codes = evenly_spaced(model, table, 12)
+    _, table = tables(model, (SIZES, 400), seed)
+    codes = evenly_spaced(model, table, SIZES)
     rows = []
     for code in codes:
         widths = table.widths(code)
@@ -59,12 +63,24 @@ def measure(name: str, model_kwargs: dict, seed: int) -> list[dict]:
     return rows
 
 
+def markdown(results: dict[str, Any]) -> str:
+    """A line a model: the MACs of its sizes, and the parameters of the largest and the smallest."""
+    lines = [f"| model | MACs of {SIZES} sizes | parameters |", "|---|---|---|"]
+    for name, rows in results["models"].items():
+        words = " ".join([name, *(f"{key}={value}" for key, value in MODELS[name].items())])
+        macs = ", ".join(format_amount(row["macs"]) for row in rows)
+        params = " to ".join(format_amount(row["params"]) for row in (rows[0], rows[-1]))
+        lines.append(f"| {words} | {macs} | {params} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help="default: all"
     )
     parser.add_argument("--seed", type=count, default=0, help="of weights and importance (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the JSON also goes there")
     args = parser.parse_args()
     found = {}
     for name in args.models:
@@ -72,7 +88,10 @@ def main() -> None:
         print(f"{name} {MODELS[name] or ''}".strip())
         for title, key in (("MACs", "macs"), ("MACs, full", "macs_full"), ("parameters", "params")):
             print(f"  {title:>11}  " + "  ".join(f"{format_amount(row[key]):>6}" for row in found[name]), flush=True)
-    print(json.dumps({"machine": describe_machine(torch.device("cpu")), "seed": args.seed, "models": found}))
+    results = {"machine": describe_machine(torch.device("cpu")), "seed": args.seed, "models": found}
+    if args.output:
+        write_text(args.output, json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

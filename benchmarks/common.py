@@ -248,8 +248,8 @@ def _resident_peak() -> int:
 # Report
 
 
-def report(rows: list[Row], settings: dict[str, Any], machine: dict[str, Any]) -> None:
-    """Prints the table and, as the last line, the JSON object."""
+def report(rows: list[Row], settings: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """Prints the table and, as the last line, the JSON object, which it gives back."""
     for key, value in machine.items():
         print(f"{key}: {value}")
     cells = [("what", "against", "measured", "reach", "")] + [_cells(row) for row in rows]
@@ -263,7 +263,9 @@ def report(rows: list[Row], settings: dict[str, Any], machine: dict[str, Any]) -
             print(f"    {row.bound}")
     print()
     facts = {"benchmark": Path(sys.argv[0]).stem, "machine": machine, "settings": settings}
-    print(json.dumps({**facts, "rows": [_as_json(row) for row in rows]}))
+    results = {**facts, "rows": [_as_json(row) for row in rows]}
+    print(json.dumps(results))
+    return results
 
 
 def _cells(row: Row) -> tuple[str, str, str, str, str]:

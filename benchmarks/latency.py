@@ -10,6 +10,7 @@ A quick look, in seconds:      python -m benchmarks.latency --sizes 3 --batch-si
 from __future__ import annotations
 
 import argparse
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,13 @@ from benchmarks.common import (
     timing_numbers,
 )
 from benchmarks.sizes import tables
+from files import write_text
 from models.backbone import full_widths
 from models.extraction import extract
 from models.macs import count_macs
 from piad.mask_table import MaskTable
 from piad.selection import evenly_spaced
+from plots import plot_latency
 from utils import run_program
 
 MODES = ("eager", "compile")
@@ -132,6 +135,43 @@ def facts_of(model: VisionTransformer) -> dict[str, Any]:
     }
 
 
+def save(results: dict[str, Any], path: Path) -> None:
+    """The results as a file and, of sizes, the picture beside it."""
+    write_text(path, json.dumps(results, indent=1) + "\n")
+    sizes = [row["numbers"] for row in results["rows"] if "macs_share" in row["numbers"]]
+    if sizes:
+        machine, model = results["machine"], results["settings"]["model"]
+        place = f"{machine['cpu']}, {machine['threads']} threads" if machine["device"] == "cpu" else machine["device"]
+        plot_latency(sizes, path.with_suffix(".png"), f"{model}, {place}")
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Sizes: a line each, its ms in each mode and batch and (in brackets) the ratio to the ideal line. Or the steps."""
+    rows = [row for row in results["rows"] if "macs_share" in row["numbers"]]
+    if not rows:
+        lines = ["| kept | time, against 4 more |", "|---|---|"]
+        lines += [f"| {row['what'].split(', ')[1]} | {row['measured']:.3f} x |" for row in results["rows"]]
+        return "\n".join(lines)
+    columns = list(dict.fromkeys((row["numbers"]["mode"], row["numbers"]["batch_size"]) for row in rows))
+    head = ["MACs", "dims per head", "hidden units", *(f"{mode}, batch {images}" for mode, images in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for code in dict.fromkeys(row["numbers"]["op_code"] for row in rows):
+        own = [row for row in rows if row["numbers"]["op_code"] == code]
+        numbers = own[0]["numbers"]
+        cells = [f"{numbers['macs_share']:.1%}", _range(numbers["head_dims"]), _range(numbers["hidden_units"])]
+        for row in own:
+            slow = ", slower" if row["numbers"]["slower_than_larger"] else ""
+            median = row["numbers"]["ms_size"]["median"]
+            time = f"{median:,.0f}" if median >= 100 else f"{median:.3g}"
+            cells.append(f"{time} ms ({row['measured']:.2f}{slow})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _range(values: list[int]) -> str:
+    return f"{values[0]} to {values[-1]}" if len(values) > 1 else str(values[0])
+
+
 def main() -> None:
     parser = make_parser(__doc__.splitlines()[0], model="deit_tiny_patch16_224", batch_size=1, repeats=20)
     parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 64], help="in place of --batch-size")
@@ -139,6 +179,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=positive, default=12, help="how many, evenly spaced in MACs")
     parser.add_argument("--mask-table", type=Path, help="of --model; None: one of random importance, from --seed")
     parser.add_argument("--steps", action="store_true", help="4 dims or units fewer than a multiple of 8, not sizes")
+    parser.add_argument("--output", type=Path, help="the JSON also goes there, and a picture of sizes beside it")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     args = parser.parse_args()
     device = prepare(args, parser)
@@ -152,7 +193,9 @@ def main() -> None:
         table.check(full_widths(model), args.model)
         models = {code: extract(model, table.widths(code)) for code in evenly_spaced(model, table, args.sizes)}
         rows = [row for pair in pairs for row in measure_sizes(args, device, models, *pair)]
-    report(rows, settings, describe_machine(device))
+    results = report(rows, settings, describe_machine(device))
+    if args.output:
+        save(results, args.output)
 
 
 if __name__ == "__main__":

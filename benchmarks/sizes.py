@@ -6,7 +6,7 @@ import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
 from models.backbone import full_widths, modules_of
-from models.macs import count_macs, macs_per_dim
+from models.macs import count_macs, fixed_macs, macs_per_dim
 from piad.dropout_list import UNITS, grow, unit_sizes
 from piad.mask_table import MaskTable
 
@@ -51,8 +51,11 @@ def tables(model: VisionTransformer, op_codes: tuple[int, int], seed: int) -> tu
     generator = np.random.default_rng(seed)
     modules = modules_of(model)
     macs = {key: macs_per_dim(module) for key, module in modules.items()}
+    fixed = {key: fixed_macs(module) for key, module in modules.items()}
     importance = {key: macs[key] * np.sort(generator.random(module.width))[::-1] for key, module in modules.items()}
-    whole = grow(MaskTable([full_widths(model)]), importance, unit_sizes(modules), macs, 0.875 * count_macs(model))
+    whole = grow(
+        MaskTable([full_widths(model)]), importance, unit_sizes(modules), macs, 0.875 * count_macs(model), fixed
+    )
     few, more = op_codes
     longer = MaskTable(_evenly(whole.rows, more))
     return MaskTable(_evenly(longer.rows, few)), longer

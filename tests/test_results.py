@@ -8,16 +8,29 @@ import re
 import pytest
 from programs import ROOT
 
-from benchmarks import study_alternatives, study_contraction, study_regimes, study_training, study_truncation
+from benchmarks import (
+    backbones,
+    latency,
+    study_alternatives,
+    study_contraction,
+    study_regimes,
+    study_training,
+    study_truncation,
+)
 
 RESULTS = (ROOT / "docs" / "RESULTS.md").read_text()
 FOLDER = ROOT / "docs" / "results"
 TABLES = {
+    "backbones.json": backbones.markdown,
     "contraction_vit_small_cifar10.json": study_contraction.markdown,
     "contraction_vit_digits.json": study_contraction.markdown,
     "truncation_vit_small_cifar10.json": study_truncation.markdown,
     "regimes_vit_cifar10.json": study_regimes.markdown,
     "alternatives_vit_cifar10.json": study_alternatives.markdown,
+    "latency_deit_tiny.json": latency.markdown,
+    "latency_deit_tiny_steps.json": latency.markdown,
+    "latency_swin_tiny.json": latency.markdown,
+    "latency_swin_tiny_steps.json": latency.markdown,
     "training.json": lambda results: study_training.summary(results["runs"]),
 }
 
