@@ -46,10 +46,10 @@ prepare() {
         python3 -m venv "$environment" || exit 2
     fi
     stamp=$environment/installed-$requirements
-    if ! cat requirements.txt "$requirements" | cmp -s - "$stamp"; then
+    if ! cat requirements*.txt | cmp -s - "$stamp"; then
         echo "installing $requirements into $environment"
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || exit 2
-        cat requirements.txt "$requirements" > "$stamp"
+        cat requirements*.txt > "$stamp"
     fi
 }
 
