@@ -11,7 +11,8 @@ from utils import UserError
 
 from .mask_table import MaskTable
 
-# How many units a module has: d/8 dims per head each for an attention, M/32 hidden units each for an MLP.
+# How many units a module has: d/8 dims per head each for an attention, M/32 hidden units each for an MLP. Where a width
+# does not divide so (4304 hidden units), as many fewer as divide it, down to half.
 UNITS = {"attn": 8, "mlp": 32}
 
 
@@ -29,10 +30,12 @@ def unit_sizes(modules: dict[str, Module]) -> dict[str, int]:
     """Dims in a unit, for each module. Raises UserError where a width does not divide into its units."""
     sizes = {}
     for key, module in modules.items():
-        units = UNITS[module.kind]
-        if module.width % units:
+        most = UNITS[module.kind]
+        fewest = -(-most // 2)
+        units = next((n for n in range(most, fewest - 1, -1) if module.width % n == 0), None)
+        if units is None:
             name = "head_dim" if module.kind == "attn" else "hidden size"
-            raise UserError(f"{key}: {name} {module.width} does not divide into {units} units")
+            raise UserError(f"{key}: {name} {module.width} does not divide into {fewest} to {most} equal units")
         sizes[key] = module.width // units
     return sizes
 

@@ -147,11 +147,17 @@ def test_units_of_a_model(backbone):
     assert UNITS == {"attn": 8, "mlp": 32}
 
 
+@pytest.mark.parametrize(("kind", "width", "size"), [("mlp", 4304, 269), ("mlp", 2730, 91), ("attn", 12, 2)])
+def test_fewer_units_where_a_width_does_not_divide(kind, width, size):
+    """As in timm's so400m (4,304 hidden units): the most that divide it."""
+    assert unit_sizes({f"0.{kind}": Module(f"0.{kind}", 0, kind, width, heads=1, dim=8)}) == {f"0.{kind}": size}
+
+
 @pytest.mark.parametrize(
     ("kind", "width", "message"),
     [
-        ("attn", 12, "3.attn: head_dim 12 does not divide into 8 units"),
-        ("mlp", 100, "3.mlp: hidden size 100 does not divide into 32 units"),
+        ("attn", 11, "3.attn: head_dim 11 does not divide into 4 to 8 equal units"),
+        ("mlp", 148, "3.mlp: hidden size 148 does not divide into 16 to 32 equal units"),
     ],
 )
 def test_a_width_that_does_not_divide_into_units_is_named(kind, width, message):
