@@ -30,7 +30,7 @@ from piad.selection import format_amount
 from piad.super_network import load_super_network
 from utils import UserError, is_main_process, progress_bar, say
 from wpac.compensation import compensate_from
-from wpac.refit import refit
+from wpac.refit import check_refit, refit
 
 
 def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
@@ -86,6 +86,8 @@ def _open(args: argparse.Namespace, num_classes: int) -> tuple[Backbone, MaskTab
             num_classes=num_classes,
             use_ema=args.use_ema,
         )
+        if args.refit:
+            check_refit(model)
         grade = compensate_from(args.checkpoint, model, args.compensate)
         op_codes = chosen_op_codes(args, model, table)
         config = preprocessing(model, data_overrides(args))

@@ -34,6 +34,7 @@ MODELS = {
     "deit3_small_patch16_224": {},
     "vit_small_patch14_dinov2": {"img_size": 224},
     "vit_small_patch16_224": {"img_size": 98, "patch_size": 14},
+    "vit_base_patch16_siglip_224": {},
     "vit_base_patch16_224": {"qk_norm": True},
     "vit_small_patch16_rope_224": {},
     "vit_small_plus_patch16_dinov3": {},

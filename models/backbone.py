@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
-from timm.layers import Attention, AttentionRope, GluMlp, Mlp, PatchEmbed, SwiGLU
+from timm.layers import Attention, AttentionPoolLatent, AttentionRope, GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
@@ -146,8 +146,8 @@ def check_supported(model: nn.Module, name: str) -> None:
         reason = f"it is a {type(model).__name__}"
     elif type(model.patch_embed) is not PatchEmbed:
         reason = f"its patches are embedded by a {type(model.patch_embed).__name__}"
-    elif getattr(model, "attn_pool", None) is not None:
-        reason = "it pools with attention"
+    elif type(getattr(model, "attn_pool", None)) not in (type(None), AttentionPoolLatent):
+        reason = f"it pools with {type(model.attn_pool).__name__}"
     else:
         for index, block in enumerate(blocks_of(model)):
             reason = reason or _unsupported(family, block, index)

@@ -40,9 +40,9 @@ def fixed_macs(module: Module, convention: str = "linear") -> int:
 def count_macs(model: Backbone, widths: dict[str, int] | None = None, convention: str = "linear") -> int:
     """MACs for one image of the model as it stands, or of its sub-network at `widths`.
 
-    Patch embedding and merging, blocks and head(s); `convention` is "linear" or "full" (see macs_per_dim).
-    Raises ValueError for another convention, UserError for widths that do not fit. A Swin v2's small network for
-    position biases is not counted: it does not hang on the image.
+    Patch embedding and merging, blocks, attention pooling and head(s); `convention` is "linear" or "full", see
+    macs_per_dim(). Raises ValueError for another convention, UserError for widths that do not fit. A Swin v2's small
+    network for position biases is not counted: it does not hang on the image.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"MACs convention {convention!r} is not one of {CONVENTIONS}")
@@ -52,7 +52,7 @@ def count_macs(model: Backbone, widths: dict[str, int] | None = None, convention
     heads = [model.get_classifier()]
     heads = heads[0] if isinstance(heads[0], tuple) else heads
     macs += sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))
-    macs += _merging_macs(model)
+    macs += _merging_macs(model) + _pooling_macs(model, convention)
     for key, module in modules_of(model).items():
         width = module.width if widths is None else widths[key]
         if width:
@@ -66,6 +66,18 @@ def _merging_macs(model: Backbone) -> int:
         return 0
     merging = [stage for stage in model.layers if not isinstance(stage.downsample, nn.Identity)]
     return sum(math.prod(s.blocks[0].input_resolution) * s.downsample.reduction.weight.numel() for s in merging)
+
+
+def _pooling_macs(model: Backbone, convention: str) -> int:
+    """Of an attention that pools: keys and values of all tokens, the rest for its latents."""
+    pool = getattr(model, "attn_pool", None)
+    if pool is None:
+        return 0
+    layers = [layer for layer in pool.modules() if isinstance(layer, nn.Linear) and layer is not pool.kv]
+    prefix = model.num_prefix_tokens if getattr(model, "pool_include_prefix", True) else 0
+    tokens = model.patch_embed.num_patches + prefix
+    products = 2 * tokens * pool.kv.in_features if convention == "full" else 0
+    return tokens * pool.kv.weight.numel() + pool.latent_len * (sum(q.weight.numel() for q in layers) + products)
 
 
 def count_params(model: Backbone, widths: dict[str, int] | None = None) -> int:

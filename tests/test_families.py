@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from programs import run
 from timm.layers import SwiGLU, SwiGLUPacked
+from timm.models.vision_transformer import VisionTransformer
 from tiny import PLAIN, SHAPE, batches, draw_parameters, random_data, relative, widths_strategy
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -41,6 +42,9 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "qk_norm": (PLAIN, {**SHAPE, "qk_norm": True}),
     "swiglu_packed": (PLAIN, {**SHAPE, "mlp_layer": SwiGLUPacked}),
     "swiglu": (PLAIN, {**SHAPE, "mlp_layer": SwiGLU}),
+    "siglip": ("vit_base_patch16_siglip_224", SHAPE),
+    "map_with_registers": (PLAIN, {**SHAPE, "global_pool": "map", "reg_tokens": 2, "pool_include_prefix": True}),
+    "rope_map": ("vit_small_patch16_rope_224", {**SHAPE, "global_pool": "map"}),
     "dinov2": ("vit_small_patch14_dinov2", {**SHAPE, "init_values": 1e-5}),
     "rope": ("vit_small_patch16_rope_224", SHAPE),
     "rope_mixed": ("vit_small_patch16_rope_mixed_224", SHAPE),
@@ -51,7 +55,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "swin_padded": ("swin_tiny_patch4_window7_224", {**SWIN, "patch_size": 4, "window_size": 3}),
     "swin_v2": ("swinv2_tiny_window8_256", {**SWIN, "patch_size": 2}),
 }
-V_ALONE = {"qk_norm", "rope", "rope_mixed", "dinov3", "eva02", "eva02_split", "swin_v2"}
+V_ALONE = {"qk_norm", "rope", "rope_map", "rope_mixed", "dinov3", "eva02", "eva02_split", "swin_v2"}
 EACH = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -317,10 +321,20 @@ def test_where_v_alone_is_cut_q_and_k_cost_what_they_cost():
     assert kinds == [ValueLayer, ValueProjection] * 2
 
 
-def test_refitting_refuses_what_it_does_not_know(data):
-    model = made("swin")
-    with pytest.raises(UserError, match="refitting knows vision transformers alone, not a SwinTransformer"):
-        refit(model, extract(model, full_widths(model)), [data[0]])
+@EACH
+def test_refitting_comes_nearer_or_refuses(family, data):
+    model = made(family)
+    small = extract(model, some_widths(model))
+    known = isinstance(model, VisionTransformer)
+    if not known or family in V_ALONE:
+        says = r"norms of q and k \(qk_norm\)" if known else f"not a {type(model).__name__}"
+        with pytest.raises(UserError, match=says):
+            refit(model, small, [data[0]])
+        return
+    images = torch.randn(64, *data[0].shape[1:], dtype=torch.float64)
+    before = relative(small(images), model(images))
+    refit(model, small, [images[:32], images[32:]])
+    assert relative(small(images), model(images)) < 0.6 * before
 
 
 def test_units_of_every_family_divide():

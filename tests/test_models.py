@@ -62,7 +62,7 @@ def test_an_unknown_model_name_is_met_with_near_ones(name, near):
         ("vit_tiny_r_s16_p8_224", {}, "its patches are embedded by a HybridEmbed"),
         ("eva02_base_patch14_224", {}, "block 0 has a SwiGLU of another kind"),
         ("eva_giant_patch14_224", {"scale_attn_inner": True, "depth": 2}, "a norm on the outputs of its attention"),
-        ("vit_tiny_patch16_224", {**TINY, "global_pool": "map", "class_token": False}, "pools with attention"),
+        ("vit_tiny_patch16_224", {**TINY, "global_pool": "prr"}, "it pools with AttentionPoolPrr"),
         (
             "vit_tiny_patch16_224",
             {**TINY, "scale_attn_norm": True},

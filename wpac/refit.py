@@ -9,6 +9,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from models.backbone import Backbone, cuts_v_alone, first_layers
 from models.parts import attention_branch, embed, mlp_branch
 from utils import UserError, progress_bar, reduce_sum
 
@@ -28,8 +29,7 @@ def refit(
     it gave on the whole network's residual stream; of its last (proj, fc2), that stream after the branch, so that it
     makes up for the drift so far too. Both networks run block by block, with activations kept for one at a time.
     """
-    if not isinstance(model, VisionTransformer):
-        raise UserError(f"refitting knows vision transformers alone, not a {type(model).__name__}: leave --refit out")
+    check_refit(model)
     device = next(small.parameters()).device
     model, small = model.to(device).eval(), small.eval()
     wide = [embed(model, batch.to(device)) for batch in images]  # the residual streams, (B, N, D) a batch
@@ -41,18 +41,27 @@ def refit(
                 continue
             weights = _token_weights(getattr(whole, kind), wide[0])
             norm, first, last = _layers(cut, kind)
-            _solve(first, [norm(x) for x in narrow], [first(norm(x)) for x in before], weights, damping)
+            for layer in first:
+                _solve(layer, [norm(x) for x in narrow], [layer(norm(x)) for x in before], weights, damping)
             scale = _layer_scale(cut, kind, last)
             targets = [(target - x).double() / scale for x, target in zip(narrow, wide, strict=True)]
             _solve(last, _inputs_of(last, partial(run, cut), narrow), targets, weights, damping)
             narrow = [x + run(cut, x) for x in narrow]
 
 
-def _layers(block: Block, kind: str) -> tuple[nn.Module, nn.Linear, nn.Linear]:
-    """The norm, the first and the last linear layer of a branch."""
+def check_refit(model: Backbone) -> None:
+    """Raises UserError for a model that refit() does not know."""
+    if not isinstance(model, VisionTransformer):
+        raise UserError(f"refitting knows vision transformers alone, not a {type(model).__name__}: leave --refit out")
+    if any(cuts_v_alone(block.attn) for block in model.blocks):
+        raise UserError("refitting does not know attention with norms of q and k (qk_norm): leave --refit out")
+
+
+def _layers(block: Block, kind: str) -> tuple[nn.Module, list[nn.Linear], nn.Linear]:
+    """The norm, the first linear layers (a SwiGLU may have two) and the last one of a branch."""
     if kind == "attn":
-        return block.norm1, block.attn.qkv, block.attn.proj
-    return block.norm2, block.mlp.fc1, block.mlp.fc2
+        return block.norm1, [block.attn.qkv], block.attn.proj
+    return block.norm2, list(first_layers(block.mlp).values()), block.mlp.fc2
 
 
 def _layer_scale(block: Block, kind: str, last: nn.Linear) -> Tensor:
