@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterable
@@ -228,33 +227,17 @@ def _update(training: Training, loss: Tensor) -> None:
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: torch.dtype | None = None
 ) -> dict[str, float]:
-    """{"top1", "top5" (percent), "loss", "images_per_second"} over all ranks' batches.
-
-    images_per_second counts the model's own time, on this rank, without loading: that of the median batch.
-    """
+    """{"top1", "top5" (percent), "loss"} over all ranks' batches."""
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # correct at 1, at 5, loss, images
-    seconds = []  # an image, of each batch
     for images, targets in batches:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        start = time.perf_counter()
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             logits = model(images).float()
-        top1, top5 = accuracy(logits, targets, topk=(1, 5))  # waits for the device
+        top1, top5 = accuracy(logits, targets, topk=(1, 5))
         loss = F.cross_entropy(logits, targets, reduction="sum")
         n = len(images)
         totals += torch.stack([top1 * n / 100, top5 * n / 100, loss, loss.new_tensor(n)])
-        seconds.append((time.perf_counter() - start) / n)
     reduce_sum(totals)
     correct1, correct5, loss, images = totals.tolist()
-    return {
-        "top1": 100 * correct1 / images,
-        "top5": 100 * correct5 / images,
-        "loss": loss / images,
-        "images_per_second": 1 / max(statistics.median(seconds), 1e-9),
-    }
-
-
-def accuracy_of(results: dict[str, float]) -> dict[str, float]:
-    """What of evaluate()'s results is the same each time the run is repeated: all but the speed."""
-    return {key: results[key] for key in ("top1", "top5", "loss")}
+    return {"top1": 100 * correct1 / images, "top5": 100 * correct5 / images, "loss": loss / images}

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from arguments import data_overrides
 from budgets import chosen_op_codes
 from datasets import eval_loader, open_images, preprocessing, proxy_set
-from engine import accuracy_of, evaluate
+from engine import evaluate
 from files import write_text
 from main_arguments import super_network_words
 from models.backbone import Backbone, full_widths
@@ -25,6 +25,7 @@ from models.extraction import extract
 from models.folder import load_subnetwork, save_subnetwork
 from models.loading import fit_head, load_backbone
 from models.macs import count_macs, count_params
+from piad.latency import measure_latency
 from piad.mask_table import MaskTable
 from piad.selection import format_amount
 from piad.super_network import load_super_network
@@ -114,7 +115,7 @@ def write_sub_network(
             model_kwargs=args.model_kwargs,
             preprocessing=config,
             op_code=row["op_code"],
-            accuracy={**accuracy_of(row), "images": facts["images"]},
+            accuracy={**{key: row[key] for key in ("top1", "top5", "loss")}, "images": facts["images"]},
             data_set=args.data_set,
             grade=facts["grade"],
         )
@@ -141,7 +142,7 @@ def evaluate_sizes(
     cut: Callable[[Backbone, dict[str, int]], Backbone] = extract,
     then: Callable[[Backbone, dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each op code: its widths and size, counted on the extracted model, and its accuracy on the batches.
+    """A row for each op code: widths, size counted on the extracted model, accuracy on the batches, speed by latency.
 
     baseline: other weights of the same backbone, cut to the same widths; their top-1 goes into baseline_top1.
     cut: makes a sub-network of widths.  then(sub-network, row): what else is done with each.
@@ -150,7 +151,8 @@ def evaluate_sizes(
     for code in progress_bar(op_codes, "sizes"):
         widths = table.widths(code)
         small = cut(model, widths).to(device)
-        row = {"op_code": code, **describe(small), **evaluate(small, batches, device, amp), "widths": widths}
+        speed = {"images_per_second": batches.batch_size / measure_latency(small, batches.batch_size, amp)}
+        row = {"op_code": code, **describe(small), **evaluate(small, batches, device, amp), **speed, "widths": widths}
         if baseline is not None:
             row["baseline_top1"] = evaluate(extract(baseline, widths).to(device), batches, device, amp)["top1"]
         rows.append(row)

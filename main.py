@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from arguments import data_overrides
 from budgets import asks_for_size, chosen_op_codes
 from datasets import TrainLoader, eval_loader, open_splits, preprocessing, proxy_set
-from engine import Run, accuracy_of, evaluate
+from engine import Run, evaluate
 from files import CheckpointFolder, check_output_dir
 from frontier import evaluate_command
 from logs import RunLog
@@ -116,7 +116,7 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
         RunLog(args.output_dir, progress.epoch, progress.epoch * loader.steps + progress.step),
         scheduler,
         progress,
-        evaluate_epoch=partial(evaluate_piad if piad else evaluate_whole, piad or model, val, device, training.amp),
+        evaluate_epoch=partial(evaluate_piad if piad else evaluate, piad or model, val, device, training.amp),
         regime=piad,
         eval_every=args.eval_every,
         checkpoint_steps=args.checkpoint_steps,
@@ -217,13 +217,6 @@ def augmentation(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def evaluate_whole(
-    model: nn.Module, val: DataLoader, device: torch.device, amp: torch.dtype | None
-) -> dict[str, float]:
-    """An epoch's accuracy of a model as it stands."""
-    return accuracy_of(evaluate(model, val, device, amp))
-
-
 def evaluate_piad(
     piad: ProgressiveDropout, val: DataLoader, device: torch.device, amp: torch.dtype | None
 ) -> dict[str, float]:
@@ -238,7 +231,7 @@ def evaluate_piad(
             sizes[name] = piad.table.select(piad.model, max_macs=share * piad.network_macs)
     for name, op_code in sizes.items():
         set_widths(piad.model, piad.table.widths(op_code))
-        results = accuracy_of(evaluate(piad.model, val, device, amp))
+        results = evaluate(piad.model, val, device, amp)
         line |= {f"{key}_{name}": value for key, value in results.items()}
     return line | {"top1": (line["top1_full"] + line["top1_smallest"]) / 2}
 
