@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from timm.utils import ParseKwargs
 
 from datasets import FOLDER_NAMES
 from models.macs import CONVENTIONS
 from piad.selection import parse_amount
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose errors are one line, as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{Path(sys.argv[0]).name}: error: {message}\n")
 
 
 def quantity(kind: str, example: str) -> Callable[[str], float]:

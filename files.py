@@ -118,6 +118,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     truncated, not a checkpoint, or that holds any other pickled object.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"checkpoint {path} is a folder: give the file of the weights in it")
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     try:

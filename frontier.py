@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from arguments import data_overrides
-from budgets import chosen_op_codes
+from budgets import asks_for_size, chosen_op_codes
 from datasets import eval_loader, open_images, preprocessing, proxy_set
 from engine import evaluate
 from files import write_text
@@ -29,7 +29,7 @@ from piad.latency import measure_latency
 from piad.mask_table import MaskTable
 from piad.selection import format_amount
 from piad.super_network import load_super_network
-from utils import UserError, is_main_process, progress_bar, say
+from utils import UserError, device_name, is_main_process, progress_bar, say
 from wpac.compensation import compensate_from
 from wpac.refit import check_refit, refit
 
@@ -59,7 +59,7 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
         "averaged_weights": args.use_ema,
         "grade": grade,
         "images": len(val_images),
-        "device": args.device,
+        "device": device_name(device),
         "batch_size": args.batch_size,
     }
     if not args.sub_network:
@@ -75,6 +75,8 @@ def _open(args: argparse.Namespace, num_classes: int) -> tuple[Backbone, MaskTab
     if args.sub_network:
         if args.refit or args.compensate:
             raise UserError(f"--sub-network {args.sub_network} is cut already: leave --refit and --compensate out")
+        if asks_for_size(args) or args.frontier:
+            raise UserError(f"--sub-network {args.sub_network} has one size: leave --op-code and budgets out")
         model, facts = load_subnetwork(args.sub_network)
         table, op_codes, grade = MaskTable([full_widths(model)]), [0], facts.get("grade", "cut")
         config = facts["preprocessing"] | {k: v for k, v in data_overrides(args).items() if v is not None}
@@ -206,4 +208,6 @@ def write_report(rows: list[dict[str, Any]], folder: Path, facts: dict[str, Any]
     if "full_widths" in facts:
         plot_widths(rows, facts["full_widths"], folder / "widths.png")
         names.append("widths.png")
+    else:
+        (folder / "widths.png").unlink(missing_ok=True)  # of another evaluation
     say(f"written: {folder}/{', '.join(names)}")

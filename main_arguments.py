@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from arguments import (
+    Parser,
     add_amp,
     add_common_arguments,
     add_dropout_ratio,
@@ -28,7 +29,7 @@ RECIPES = {
 
 def parse_main_arguments() -> argparse.Namespace:
     """main.py's flags; the defaults of the optimization group are those of --stage."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train a vision transformer, train its super-network with PIAD, fine-tune or evaluate sub-networks."
     )
     group = parser.add_argument_group("what to do")
@@ -63,7 +64,9 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="with --eval: weights to cut to the same widths, shown beside the super-network's",
     )
-    group.add_argument("--frontier", type=positive, metavar="N", help="N sizes, evenly spaced in MACs")
+    group.add_argument(
+        "--frontier", type=positive, metavar="N", help="N sizes, evenly spaced in MACs, beside those of the other flags"
+    )
     group.add_argument(
         "--compensate",
         action=argparse.BooleanOptionalAction,

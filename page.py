@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import html
 import json
 import math
@@ -11,6 +10,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from arguments import Parser
 from files import read_json, shown, write_text
 from piad.selection import format_amount
 from utils import UserError, run_program, say
@@ -24,7 +24,7 @@ NUMBERS = ("op_code", "macs_linear", "params", "top1", "images_per_second")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     group = parser.add_argument_group("files")
     group.add_argument("folder", type=Path, metavar="DIR", help="what main.py --eval wrote: its frontier.json is read")
     group.add_argument("--output", type=Path, metavar="FILE", help="where the page goes (default: DIR/index.html)")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from arguments import add_common_arguments, add_dropout_ratio, data_overrides, decimal
+from arguments import Parser, add_common_arguments, add_dropout_ratio, data_overrides, decimal
 from datasets import eval_loader, open_splits, preprocessing, proxy_set
 from engine import evaluate
 from files import atomic_file, check_output_dir, write_text
@@ -121,9 +121,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="WPAC: rotate and sort the weights of a vision transformer, keeping its function."
-    )
+    parser = Parser(description="WPAC: rotate and sort the weights of a vision transformer, keeping its function.")
     add_common_arguments(parser)
     group = parser.add_argument_group("WPAC")
     group.add_argument(

@@ -21,7 +21,7 @@ from timm.utils import ParseKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from arguments import add_amp, add_data_set, add_size_arguments, count, positive
+from arguments import Parser, add_amp, add_data_set, add_size_arguments, count, positive
 from budgets import asks_for_size, chosen_op_codes
 from datasets import Images, eval_loader, open_images
 from engine import evaluate
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m models.export",
         description="Export sub-networks, each checked against the model it was made from.",
     )
@@ -103,7 +103,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_size_arguments(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--all", type=positive, dest="frontier", metavar="N", help="N sizes, evenly spaced in MACs")
+    group.add_argument(
+        "--all",
+        type=positive,
+        dest="frontier",
+        metavar="N",
+        help="N sizes, evenly spaced in MACs, beside those of the other flags",
+    )
     group.add_argument(
         "--format",
         nargs="+",
@@ -112,7 +118,11 @@ def parse_arguments() -> argparse.Namespace:
         help=f"one or more of {', '.join(FORMATS)} (default: folder)",
     )
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the files go")
-    group.add_argument("--force", action="store_true", help="write over files of the same names in --output")
+    group.add_argument(
+        "--force",
+        action="store_true",
+        help="replace what an earlier export wrote in --output, and files of the same names",
+    )
     group = parser.add_argument_group("checks and measurements")
     add_data_set(group, default=None)
     group.add_argument(

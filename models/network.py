@@ -12,7 +12,7 @@ The lines of the README, on the digits that `sh run_demo.sh` trains:
 >>> logits = small(network.read(Image.open("digit.png"))[None])  # the image as timm's configuration of the model says
 >>> print(sizes[code] <= 200e3, logits.shape)
 True torch.Size([1, 10])
->>> config = network.save("output/small", small, op_code=code)  # load("output/small") opens it
+>>> config = network.save("output/cut", small, op_code=code)  # load("output/cut") opens it
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 from files import read_json, write_text
 from models.backbone import Backbone
 from models.extraction import extract
+from models.macs import count_macs
 from utils import UserError, device_name, gather_over_ranks, is_main_process, progress_bar, say, synchronize
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 LATENCY = "latency.json"
 WARMUP = 3  # runs before the timed ones: memory is taken, kernels are chosen
 FEWEST, MOST = 7, 100  # timed runs
+DOUBTFUL = 1.5  # times slower than another size lets expect
 SECONDS = 1.0  # no further run is begun after so long, once the fewest are done
 
 
@@ -89,29 +91,48 @@ class Latencies:
         mine = next((entry["seconds"] for entry in self._entries() if self._is_mine(entry)), {})
         known = gather_over_ranks([mine.get(str(code), 0.0) for code in range(len(table))])[0]
         self.seconds: dict[int, float] = {code: seconds for code, seconds in enumerate(known) if seconds}
+        self.again: set[int] = set()  # those measured a second time
+        if self.seconds:
+            say(f"{len(self.seconds)} latencies are known from {path}: delete it to measure them anew")
 
     def of(self, op_code: int) -> float:
-        """The seconds of an op code. With several processes the first one measures, and all get its figure."""
-        own = self.seconds.get(op_code, 0.0)
-        if is_main_process() and op_code not in self.seconds:
-            own = self._measured(op_code)
-        own = gather_over_ranks([own])[0][0]
-        self.seconds[op_code] = own
-        return own
+        """The seconds of an op code. With several processes the first one measures, and all get its figure.
+
+        A figure that other sizes contradict, as one taken while something else ran, is measured again, once; the lower
+        of the two counts.
+        """
+        if op_code not in self.seconds:
+            self.seconds[op_code] = self._measured(op_code)
+        if op_code not in self.again and self._is_doubtful(op_code):
+            self.again.add(op_code)
+            self.seconds[op_code] = self._measured(op_code)
+        return self.seconds[op_code]
+
+    def _is_doubtful(self, op_code: int) -> bool:
+        """Whether it is far slower than another size: than a larger one, or than a smaller one of nearly its MACs."""
+        macs = {code: count_macs(self.model, self.table.widths(code)) for code in self.seconds}
+        return any(
+            self.seconds[op_code] > DOUBTFUL * seconds * max(1.0, macs[op_code] / macs[code])
+            for code, seconds in self.seconds.items()
+        )
 
     def _measured(self, op_code: int) -> float:
-        for _ in progress_bar(range(1), f"latency of op code {op_code}"):
+        """The lower of what is known and what the main process measures, kept in the file."""
+        found = 0.0
+        for _ in progress_bar(range(1) if is_main_process() else (), f"latency of op code {op_code}"):
             small = extract(self.model, self.table.widths(op_code)).to(self.device)
-            self.seconds[op_code] = measure_latency(small, self.batch_size, self.amp)
+            found = measure_latency(small, self.batch_size, self.amp)
+        found = min(gather_over_ranks([found])[0][0], self.seconds.get(op_code, float("inf")))
         if self.path is not None:
-            mine = {**self.key, "seconds": {str(code): self.seconds[code] for code in sorted(self.seconds)}}
+            seconds = self.seconds | {op_code: found}
+            mine = {**self.key, "seconds": {str(code): seconds[code] for code in sorted(seconds)}}
             entries = [entry for entry in self._entries() if not self._is_mine(entry)]
             try:
                 write_text(self.path, json.dumps([*entries, mine], indent=1) + "\n")
             except UserError as error:  # a super-network may lie where nothing can be written
                 say(f"latencies are measured anew each time: {error}")
                 self.path = None
-        return self.seconds[op_code]
+        return found
 
     def _is_mine(self, entry: dict[str, Any]) -> bool:
         return all(entry.get(key) == value for key, value in self.key.items())

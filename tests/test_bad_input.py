@@ -206,10 +206,14 @@ PLACES = [
     *(case(f"CUDA where there is none: {command[0]}", (*command, "--device", "cuda"), "--device cuda", "--device cpu")
       for command in (EVAL, REPARAM)),
     case("a device that is none", (*EVAL, "--device", "toaster"), "--device toaster"),
+    case("a time without its unit", (*EVAL, "--latency", "5"), "--latency: '5' is not a time such as 5ms or 0.2s"),
+    case("a flag that is none", (*EVAL, "--latencies", "5ms"), "unrecognized arguments: --latencies"),
     case("a file for an output folder", (*EVAL, "--output-dir", "{text}"), "--output-dir", "text.pth"),
 ]  # fmt: skip
 
 FOLDERS = [
+    case("a folder for a checkpoint", (*EVAL, "--checkpoint", "{folder}"), "is a folder: give the file of the weights"),
+    case("a budget for one size", (*FOLDER, "{folder}/none", "--latency", "5ms"), "has one size: leave --op-code and"),
     case("no sub-network there", (*FOLDER, "{folder}/none"), "none is not a sub-network", "config.json"),
     *(
         case(f"a sub-network that is {name}", (*FOLDER, f"{{folder}}/{name}"), *says)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from programs import tiny_digits_model
 from timm.data import IterableImageDataset
+from timm.data.auto_augment import rand_augment_choices, rand_augment_ops
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -47,6 +48,13 @@ AUGMENTATION = {
     "re_prob": 0.5,
     "re_mode": "pixel",
 }
+
+
+def test_the_default_augmentation_runs_at_any_strength():
+    """RandAugment now and then keeps 0 bits of a colour, which Pillow 13 refuses."""
+    for strength in (0, 10):
+        for operation in rand_augment_ops(strength, 1.0, transforms=rand_augment_choices("", increasing=True)):
+            assert operation(Image.new("RGB", (4, 4), "red")).size == (4, 4)
 
 
 class Plain(Dataset):

@@ -28,7 +28,7 @@ def test_the_python_example_runs_as_it_stands(road: Road, tmp_path: Path, monkey
     report = []
     result = doctest.DocTestRunner(verbose=False).run(test, out=report.append)
     assert result.failed == 0 and result.attempted == 10, "".join(report)
-    assert models.load("output/small").grade == "cut"
+    assert models.load("output/cut").grade == "cut"
 
 
 def test_every_file_and_script_it_names_is_there():
