@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from files import atomic_file
+from piad.selection import format_amount
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 BLUE, ORANGE = "#0072B2", "#D55E00"
@@ -63,6 +64,7 @@ def draw_widths(sizes: list[dict[str, int]], full: dict[str, int], labels: list[
         every = -(-len(labels) // 12)
         axes.set_xticks(range(0, len(labels), every), labels[::every])
         axes.set(xlabel=xlabel, title=name)
+        axes.tick_params(axis="x", labelsize=7)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set(ylabel="block")
     figure.colorbar(image, ax=panels, label="share of the width kept, % (white: bypassed)")
@@ -72,8 +74,8 @@ def draw_widths(sizes: list[dict[str, int]], full: dict[str, int], labels: list[
 def plot_widths(rows: list[dict[str, Any]], full: dict[str, int], path: Path) -> None:
     """draw_widths() of evaluated sizes, from large to small; rows: as evaluate_sizes() gives them."""
     rows = sorted(rows, key=lambda row: -row["macs_linear"])
-    labels = [f"{100 * row['macs_linear'] / rows[0]['macs_linear']:.0f}" for row in rows]
-    _save(draw_widths([row["widths"] for row in rows], full, labels, "size, % of the largest one's MACs"), path)
+    labels = [format_amount(row["macs_linear"]) for row in rows]
+    _save(draw_widths([row["widths"] for row in rows], full, labels, "MACs for one image"), path)
 
 
 def draw_spectra(spectra: dict[str, list[list[float]]], measure: str) -> Figure:

@@ -196,8 +196,8 @@ def test_a_truncated_checkpoint_is_named(tmp_path, suffix, keep):
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
-    for path in (tmp_path / "no.pth", tmp_path):
-        with pytest.raises(UserError, match=f"checkpoint {path} does not exist"):
+    for path, says in ((tmp_path / "no.pth", "does not exist"), (tmp_path, "is a folder: give the file")):
+        with pytest.raises(UserError, match=f"checkpoint {path} {says}"):
             load_checkpoint(path)
 
 
