@@ -35,7 +35,7 @@ from files import load_checkpoint
 from utils import UserError
 
 # Where a disk may be full, and how often a run comes there.
-WRITES = {"logs:RunLog.__init__": 1, "torch:save": 9, "piad.mask_table:MaskTable.save": 9, "files:RunLog.epoch": 3}
+WRITES = {"logs:RunLog.__init__": 1, "torch:save": 9, "piad.mask_table:MaskTable.save": 9, "logs:RunLog.epoch": 3}
 
 
 @dataclass
@@ -160,7 +160,8 @@ class Bench:
         try:
             hurt(row, folder)
             folder = folder if folder.exists() else self.disk / folder.name
-            row.differs = differences(folder, self.unhurt[processes].folder)
+            if row.survived:
+                row.differs = differences(folder, self.unhurt[processes].folder)
         except (TimeoutError, subprocess.TimeoutExpired) as error:
             row.survived, row.error = False, f"does not end: {error}"
         row.bytes_lost += lost_bytes(folder)
