@@ -30,9 +30,24 @@ def asks_for_size(args: argparse.Namespace) -> bool:
     return any(getattr(args, name) for name in ("op_code", *BUDGETS))
 
 
-def chosen_op_codes(args: argparse.Namespace, model: Backbone, table: MaskTable) -> list[int]:
+def latencies_of(args: argparse.Namespace, model: Backbone, table: MaskTable, weights: Path) -> Latencies:
+    """The latencies of the sizes as the flags have them measured, kept beside the file of the weights or the table."""
+    return Latencies(
+        model,
+        table,
+        batch_size=args.batch_size,
+        amp=getattr(torch, args.amp) if args.amp else None,
+        device=torch.device(args.device),
+        path=weights.parent / LATENCY,
+    )
+
+
+def chosen_op_codes(
+    args: argparse.Namespace, model: Backbone, table: MaskTable, latencies: Latencies | None = None
+) -> list[int]:
     """The op codes that the size flags ask for, in their order; none given: the whole network and the smallest.
 
+    latencies: None, or latencies_of(), where the caller has them.
     For each budget, says what was asked and found, and the next sizes up and down.
     """
     codes = []
@@ -40,17 +55,8 @@ def chosen_op_codes(args: argparse.Namespace, model: Backbone, table: MaskTable)
         table.widths(code)  # a UserError where there is none
         codes.append(code if code >= 0 else len(table) - 1)
     budgets = budgets_of(args)
-    latencies = None
-    if args.latency or args.throughput:
-        beside = args.mask_table or Path(args.checkpoint)
-        latencies = Latencies(
-            model,
-            table,
-            batch_size=args.batch_size,
-            amp=getattr(torch, args.amp) if args.amp else None,
-            device=torch.device(args.device),
-            path=beside.parent / LATENCY,
-        )
+    if latencies is None and (args.latency or args.throughput):
+        latencies = latencies_of(args, model, table, args.mask_table or args.checkpoint)
     for budget in budgets:
         codes.append(select(model, table, budget, args.macs_convention, latencies))
     if args.frontier:

@@ -117,7 +117,7 @@ def write_sub_network(
             model_kwargs=args.model_kwargs,
             preprocessing=config,
             op_code=row["op_code"],
-            accuracy={**{key: row[key] for key in ("top1", "top5", "loss")}, "images": facts["images"]},
+            accuracy={key: row[key] for key in ("top1", "top5", "loss")} | {"images": facts["images"]},
             data_set=args.data_set,
             grade=facts["grade"],
         )

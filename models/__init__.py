@@ -2,26 +2,10 @@
 
 from typing import Any
 
-from .backbone import create_backbone
-from .elastic import make_elastic, set_widths
 from .extraction import extract
-from .folder import load_subnetwork, save_subnetwork
-from .loading import load_backbone
-from .macs import count_macs, count_params
+from .macs import count_macs
 
-__all__ = [
-    "Network",
-    "count_macs",
-    "count_params",
-    "create_backbone",
-    "extract",
-    "load",
-    "load_backbone",
-    "load_subnetwork",
-    "make_elastic",
-    "save_subnetwork",
-    "set_widths",
-]
+__all__ = ["Network", "count_macs", "extract", "load"]
 
 
 def __getattr__(name: str) -> Any:

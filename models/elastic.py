@@ -32,6 +32,7 @@ class ElasticAttention(Attention):
     width: int
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """x: (B, N, D) -> (B, N, D)."""
         if self.width == self.head_dim:
             return super().forward(x, attn_mask=attn_mask, **kwargs)
         if any(kwargs.values()):
@@ -45,6 +46,7 @@ class ElasticWindowAttention(WindowAttention):
     width: int
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: (B windows, N, D) -> the same; mask (windows, N, N) is added to the scores."""
         if self.width == self.proj.in_features // self.num_heads:
             return super().forward(x, mask=mask)
         bias = self._get_rel_pos_bias()  # (1, H, N, N)
@@ -82,6 +84,7 @@ class ElasticMlp(Mlp):
     width: int
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> (..., D)."""
         if self.width == self.fc2.in_features:
             return super().forward(x)
         weights = mlp_slices(self, self.width)
@@ -95,6 +98,7 @@ class ElasticGluMlp(GluMlp):
     width: int
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> (..., D)."""
         if self.width == self.fc2.in_features:
             return super().forward(x)
         weights = mlp_slices(self, self.width)
@@ -109,6 +113,7 @@ class ElasticSwiGLU(SwiGLU):
     width: int
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> (..., D)."""
         if self.width == self.fc2.in_features:
             return super().forward(x)
         weights = mlp_slices(self, self.width)
@@ -129,6 +134,7 @@ class ValueLayer(nn.Linear):
     width: int
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> (..., others + H head_dim)."""
         return self.spread(super().forward(x))
 
     def spread(self, x: Tensor) -> Tensor:
@@ -147,6 +153,7 @@ class ValueProjection(nn.Linear):
     width: int
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., H head_dim) -> (..., D)."""
         return super().forward(self.kept(x))
 
     def kept(self, x: Tensor) -> Tensor:
@@ -158,6 +165,7 @@ class ElasticValueLayer(ValueLayer):
     """One that slices the whole weights."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> (..., others + H head_dim)."""
         if self.width == self.head_dim:
             return F.linear(x, self.weight, self.bias)
         size = self.num_heads, self.head_dim, self.width
@@ -169,6 +177,7 @@ class ElasticValueProjection(ValueProjection):
     """One that slices the whole weights."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., H head_dim) -> (..., D)."""
         if self.width == self.head_dim:
             return F.linear(x, self.weight, self.bias)
         weights = last_layer_slices("proj", self.branch[0], self.num_heads, self.width)
@@ -187,6 +196,7 @@ class Elastic(Bypass):
     """Before timm's block in a class: its parameters always have a gradient, zero where a branch is bypassed."""
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """x: (B, N, D), of a Swin (B, H, W, D) -> the same."""
         if self.bypassed and torch.is_grad_enabled():
             x = _ZeroGradients.apply(x, *self.bypassed_parameters())
         return super().forward(x, **kwargs)

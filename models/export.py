@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from arguments import Parser, add_amp, add_data_set, add_size_arguments, count, positive
-from budgets import asks_for_size, chosen_op_codes
+from budgets import asks_for_size, chosen_op_codes, latencies_of
 from datasets import Images, eval_loader, open_images
 from engine import evaluate
 from files import check_output_dir, read_json, write_text
@@ -33,7 +33,7 @@ from models.formats import FORMATS, NEEDS, write_formats
 from models.loading import fit_head
 from models.macs import CONVENTIONS
 from models.network import Network, load
-from piad.latency import LATENCY, Latencies
+from piad.latency import Latencies
 from piad.selection import count_sizes
 from utils import UserError, init_processes, progress_bar, run_program, say, seed_everything
 
@@ -41,9 +41,10 @@ IMAGES = 16  # random ones, and real ones, that an export is checked on
 
 
 def main() -> None:
+    """Opens the network, measures, writes and checks each size; all files are there at the end, or none."""
     args = parse_arguments()
     check_arguments(args)
-    device = init_processes(args)
+    init_processes(args)
     seed_everything(args.seed)
     network = load(
         args.network,
@@ -56,8 +57,8 @@ def main() -> None:
     if "top1" in args.measure:
         fit_head(network.model, images.num_classes, remake=False)
     checks = check_images(network, images)
-    op_codes = choose(args, network)
-    latencies = latencies_of(args, network, device)
+    latencies = latencies_of(args, network.model, network.table, network.source)
+    op_codes = choose(args, network, latencies)
     rows = []
     with whole_folder(args.output) as folder:
         for code in progress_bar(op_codes, "sizes"):
@@ -80,6 +81,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The flags, as they were typed."""
     parser = Parser(
         prog="python -m models.export",
         description="Export sub-networks, each checked against the model it was made from.",
@@ -141,11 +143,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def choose(args: argparse.Namespace, network: Network) -> list[int]:
+def choose(args: argparse.Namespace, network: Network, latencies: Latencies) -> list[int]:
     """The op codes that the flags ask for; a sub-network has but one. Raises UserError where none is asked for."""
     if asks_for_size(args) or args.frontier:
-        args.checkpoint, args.mask_table = network.source, None
-        return chosen_op_codes(args, network.model, network.table)
+        return chosen_op_codes(args, network.model, network.table, latencies)
     if len(network.table) > 1:
         raise UserError(f"{args.network} has {len(network.table)} sizes: give --macs, another budget, or --all 12")
     return [0]
@@ -220,13 +221,6 @@ def _remove_exported(folder: Path) -> None:
 # A size
 
 
-def latencies_of(args: argparse.Namespace, network: Network, device: torch.device) -> Latencies:
-    """What is known of the sizes' latency, and measures what is not."""
-    amp = getattr(torch, args.amp) if args.amp else None
-    beside = network.source.parent / LATENCY
-    return Latencies(network.model, network.table, batch_size=args.batch_size, amp=amp, device=device, path=beside)
-
-
 def measure(
     args: argparse.Namespace,
     network: Network,
@@ -252,6 +246,7 @@ def measure(
 
 
 def loader(network: Network, images: Images, batch_size: int) -> DataLoader:
+    """Batches of the images, prepared as the network asks."""
     return eval_loader(images, network.preprocessing, batch_size=batch_size, workers=0)
 
 

@@ -85,6 +85,7 @@ class Size:
 
 
 def write_folder(size: Size, folder: Path) -> tuple[Path, Logits]:
+    """model.safetensors and config.json, which models.load() opens."""
     known = ("model", "model_kwargs", "widths", "preprocessing", "macs", "params", "grade")
     facts = {key: value for key, value in size.network.facts.items() if key not in known}
     if not size.network.facts:
@@ -95,12 +96,14 @@ def write_folder(size: Size, folder: Path) -> tuple[Path, Logits]:
 
 
 def write_torch_export(size: Size, folder: Path) -> tuple[Path, Logits]:
+    """model.pt2, which torch alone opens: images (B, C, height, width) to logits (B, classes), any B."""
     path = folder / "model.pt2"
     torch.export.save(size.program(), path)
     return path, torch.export.load(path).module()
 
 
 def write_onnx(size: Size, folder: Path) -> tuple[Path, Logits]:
+    """model.onnx, which onnxruntime alone opens: "images" (B, C, height, width) to "logits" (B, classes), any B."""
     import onnxruntime  # only here: an optional package
 
     path = folder / "model.onnx"

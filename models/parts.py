@@ -48,6 +48,7 @@ class Bypass:
     bypassed: frozenset[str] = frozenset()
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """x: (B, N, D), of a Swin (B, H, W, D) -> the same."""
         if not self.bypassed:
             return super().forward(x, **kwargs)
         if "attn" not in self.bypassed:

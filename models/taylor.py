@@ -29,7 +29,8 @@ class Collector(Protocol):
     its input (B, N, H w) or (B, N, w), and g the gradient at its output (B, N, D).
     """
 
-    def update(self, x: Tensor, g: Tensor) -> None: ...
+    def update(self, x: Tensor, g: Tensor) -> None:
+        """Takes in a batch."""
 
 
 @contextlib.contextmanager

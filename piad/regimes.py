@@ -105,7 +105,7 @@ class WeightedChannelDropout(ChannelDropout):
     def first_table(self) -> MaskTable:
         """PIAD's list, but all of it at once."""
         importance = importance_of_dims(self.model.eval(), self.proxy)
-        table = grow(self.table, importance, self.sizes, self.macs, self.ratio * self.network_macs)
+        table = grow(self.table, importance, self.sizes, self.macs, self.ratio * self.network_macs, self.fixed)
         units = {key: importance[key].reshape(-1, size).sum(1) for key, size in self.sizes.items()}  # (units,)
         density = np.concatenate([units[key] / (size * self.macs[key]) for key, size in self.sizes.items()])
         ranks = np.argsort(np.argsort(-density, kind="stable"))  # 0 for the most important
@@ -114,6 +114,7 @@ class WeightedChannelDropout(ChannelDropout):
         return table
 
     def drop_probability(self) -> dict[str, Tensor]:
+        """(units,) of each module, as the table's meta keeps them."""
         return {key: torch.tensor(values) for key, values in self.table.meta["drop_probability"].items()}
 
 
@@ -123,7 +124,7 @@ class LayerDrop(NoDropout):
     def first_table(self) -> MaskTable:
         """Whole modules leave, the least important for each MAC at the start first."""
         importance = importance_of_dims(self.model.eval(), self.proxy)
-        return grow(self.table, importance, self.table.widths(0), self.macs, self.ratio * self.network_macs)
+        return grow(self.table, importance, self.table.widths(0), self.macs, self.ratio * self.network_macs, self.fixed)
 
     def choose(self, *, epoch: int, step: int, rank: int) -> int:
         """Draws the modules that stay."""

@@ -24,6 +24,7 @@ from models.extraction import extract
 from models.loading import fit_head, load_backbone, load_weights
 from models.macs import count_macs, count_params, macs_per_dim
 from models.parts import classify, follow, parts_of
+from piad.dropout_list import UNITS, unit_sizes
 from utils import UserError
 
 TINY = {key: value for key, value in SHAPE.items() if key != "num_classes"}
@@ -52,6 +53,34 @@ def test_an_unknown_model_name_is_met_with_near_ones(name, near):
     with pytest.raises(UserError, match=r"unknown model .*near names: .*") as caught:
         create_backbone(name)
     assert near in str(caught.value).split("near names: ")[1].split(", ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "swin_tiny_patch4_window7_224",
+        "swin_small_patch4_window7_224",
+        "swin_base_patch4_window7_224",
+        "swinv2_base_window8_256",
+        "deit_base_distilled_patch16_224",
+        "deit3_base_patch16_224",
+        "vit_large_patch14_dinov2",
+        "vit_giant_patch14_reg4_dinov2",
+        "vit_base_patch16_siglip_224",
+        "vit_so400m_patch14_siglip_gap_224",
+        "vit_base_patch16_clip_224",
+        "vit_medium_patch16_rope_reg1_gap_256",
+        "vit_large_patch16_dinov3",
+        "eva02_small_patch14_224",
+    ],
+)
+def test_models_of_timm_at_full_size_are_supported(name: str):
+    """Their structure alone: every module found, and divided into units."""
+    with torch.device("meta"):
+        modules = modules_of(create_backbone(name))
+    sizes = unit_sizes(modules)
+    assert {key.split(".")[1] for key in modules} == {"attn", "mlp"}
+    assert all(1 < module.width // sizes[key] <= UNITS[module.kind] for key, module in modules.items())
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ class OutputCollector:
 
     @torch.no_grad()
     def update(self, x: Tensor, g: Tensor) -> None:
+        """x: (B, N, n), g: (B, N, D)."""
         self.epsilon = torch.finfo(x.dtype).eps
         energy = g.double().square().sum(-1)  # (B, N)
         share = energy / energy.mean(1, keepdim=True)
