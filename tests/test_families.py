@@ -237,6 +237,17 @@ def test_macs_are_those_of_the_layers_that_run(family, data):
         assert sum(total) == count_macs(small)
 
 
+@pytest.mark.parametrize(("family", "tokens"), [("siglip", 16), ("map_with_registers", 19), ("rope_map", 17)])
+def test_in_full_attention_that_pools_has_its_products_too(family: str, tokens: int):
+    """One query's scores with all tokens that it sees, and their sum of values; the class token may be one of them."""
+    name, model_kwargs = FAMILIES[family]
+    products = [
+        count_macs(model, convention="full") - count_macs(model)
+        for model in (create_backbone(name, **{**model_kwargs, "global_pool": pool}) for pool in ("map", "avg"))
+    ]
+    assert products[0] - products[1] == 2 * tokens * SHAPE["embed_dim"]
+
+
 def _add_macs(total: list[int], layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
     image, x = isinstance(layer, nn.Conv2d), inputs[0]
     total.append(layer.weight.numel() * (output[0, 0].numel() if image else x.numel() // x.shape[-1]))
