@@ -12,7 +12,7 @@ from timm.utils import ParseKwargs
 
 from datasets import FOLDER_NAMES
 from models.macs import CONVENTIONS
-from piad.selection import parse_amount
+from supernet.selection import parse_amount
 
 
 class Parser(argparse.ArgumentParser):

@@ -19,23 +19,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from arguments import data_overrides
-from budgets import asks_for_size, chosen_op_codes
 from datasets import TrainLoader, eval_loader, open_splits, preprocessing, proxy_set
 from engine import Run, evaluate
 from files import CheckpointFolder, check_output_dir
-from frontier import evaluate_command
 from logs import RunLog
 from main_arguments import parse_main_arguments
 from models.backbone import Backbone
 from models.elastic import make_elastic, set_widths
 from models.extraction import extract
-from models.folder import save_subnetwork
 from models.loading import fit_head, load_backbone
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
 from piad.regimes import REGIMES
-from piad.selection import format_amount
-from piad.super_network import load_super_network
+from report.frontier import evaluate_command
+from supernet.budgets import asks_for_size, chosen_op_codes
+from supernet.folder import save_subnetwork
+from supernet.opening import load_super_network
+from supernet.selection import format_amount
 from training import BothHeads, Progress, Training
 from utils import (
     Interruptible,
@@ -238,7 +238,7 @@ def evaluate_piad(
 
 def widths_picture(piad: ProgressiveDropout) -> Figure:
     """The widths of all sizes so far."""
-    from plots import draw_widths  # only here: matplotlib is slow to import
+    from report.plots import draw_widths  # only here: matplotlib is slow to import
 
     return draw_widths(piad.table.rows, piad.table.widths(0), list(map(str, range(len(piad.table)))), "op code")
 

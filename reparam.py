@@ -25,7 +25,7 @@ from models.macs import count_macs, fixed_macs, macs_per_dim
 from models.taylor import COSTS
 from piad.dropout_list import grow, unit_sizes
 from piad.mask_table import MASK_TABLE, MaskTable
-from piad.super_network import CONTRACTED
+from supernet.opening import CONTRACTED
 from utils import (
     UserError,
     init_processes,
@@ -236,7 +236,7 @@ def show(spectra: dict[str, torch.Tensor], facts: dict, folder: Path, images_per
     """
     if not is_main_process():
         return
-    from plots import draw_spectra, plot_spectra  # only here: matplotlib is slow to import
+    from report.plots import draw_spectra, plot_spectra  # only here: matplotlib is slow to import
 
     shares = {key: np.atleast_2d(spectrum.cpu().numpy()).tolist() for key, spectrum in spectra.items()}
     measure = MEASURES[facts["basis"]]

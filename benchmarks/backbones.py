@@ -22,7 +22,7 @@ from files import write_text
 from models.backbone import create_backbone
 from models.extraction import extract
 from models.macs import count_macs, count_params
-from piad.selection import evenly_spaced, format_amount
+from supernet.selection import evenly_spaced, format_amount
 from utils import run_program
 
 SIZES = 12

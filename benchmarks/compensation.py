@@ -15,9 +15,9 @@ from benchmarks.common import Row, alternate, make_model, milliseconds, random_b
 from benchmarks.training import statistics_work
 from models.backbone import full_widths
 from models.extraction import extract
-from models.folder import load_subnetwork, save_subnetwork
-from piad.selection import evenly_spaced
 from reparam import table_without_training
+from supernet.folder import load_subnetwork, save_subnetwork
+from supernet.selection import evenly_spaced
 from wpac.allocation import dim_errors
 from wpac.compensation import COMPENSATION, compensate, save_compensation
 from wpac.statistics import Statistics, collect_statistics

@@ -39,8 +39,8 @@ from models.backbone import full_widths
 from models.extraction import extract
 from models.macs import count_macs
 from piad.mask_table import MaskTable
-from piad.selection import evenly_spaced
-from plots import plot_latency
+from report.plots import plot_latency
+from supernet.selection import evenly_spaced
 from utils import run_program
 
 MODES = ("eager", "compile")

@@ -9,10 +9,9 @@ from typing import Any
 
 from files import read_json, shown, write_text
 from models.backbone import Backbone
+from supernet.latency import Latencies
+from supernet.selection import largest_within
 from utils import UserError
-
-from .latency import Latencies
-from .selection import largest_within
 
 MASK_TABLE = "mask_table.json"  # beside the weights of a super-network
 SMALLEST = -1  # the op code of the smallest network, whatever the number of codes
@@ -78,7 +77,7 @@ class MaskTable:
         max_macs: for one image, as `convention` counts ("linear" or "full").  max_params.  max_memory: bytes of the
         weights.  max_latency: seconds of a batch.  min_throughput: images a second.  The last two are measured as
         `latencies` say, or for batches of one image where the model is, and kept nowhere; what is found then is the
-        largest of the sizes that bisection measured (see piad.selection.largest_within).
+        largest of the sizes that bisection measured (see supernet.selection.largest_within).
         Raises UserError where no size meets the limits, naming the smallest one, or the fastest.
         """
         limits = {"macs": max_macs, "params": max_params, "memory": max_memory, "latency": max_latency}

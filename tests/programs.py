@@ -13,12 +13,12 @@ from unittest import mock
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+import export
 import main
-import models.export
-import page
 import reparam
 from files import load_checkpoint
 from models.backbone import create_backbone
+from report import page
 from utils import run_program
 
 ROOT = Path(main.__file__).parent
@@ -26,7 +26,7 @@ PROGRAMS = {
     "main.py": main.main,
     "reparam.py": reparam.main,
     "page.py": page.main,
-    "export.py": models.export.main,
+    "export.py": export.main,
 }
 
 # The smallest plain ViT that has whole units: head dim 16, 192 hidden units, 5 tokens.

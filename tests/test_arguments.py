@@ -13,8 +13,8 @@ from programs import tiny_digits_model
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 
+import export
 import main
-import models.export
 import reparam
 from main_arguments import parse_main_arguments
 
@@ -163,7 +163,7 @@ def test_averaged_weights_are_asked_for(monkeypatch: pytest.MonkeyPatch, flag: s
     assert parsed(monkeypatch, flag).use_ema and not parsed(monkeypatch).use_ema
 
 
-@pytest.mark.parametrize("parse", [*PARSERS.values(), models.export.parse_arguments])
+@pytest.mark.parametrize("parse", [*PARSERS.values(), export.parse_arguments])
 def test_every_flag_has_help_in_a_named_group(monkeypatch: pytest.MonkeyPatch, parse: Callable[[], argparse.Namespace]):
     parser = parser_of(monkeypatch, parse)
     assert parser.description

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from files import load_checkpoint
 from models.macs import count_macs, count_params
 from piad.mask_table import MaskTable
-from piad.selection import format_amount
+from supernet.selection import format_amount
 
 # The programs as they work; a case appends what is wrong (of two equal flags the last one counts).
 EVAL = ("main.py", "--eval", *COMMON, "--checkpoint", "{super_network}")

@@ -16,8 +16,8 @@ from datasets import preprocessing
 from engine import evaluate
 from models.backbone import full_widths
 from models.extraction import extract
-from models.folder import load_subnetwork
 from piad.mask_table import MaskTable
+from supernet.folder import load_subnetwork
 from wpac.compensation import COMPENSATION, load_compensation
 
 BEST = [*COMMON, *PROXY, "--method", "best", "--mask-table", "--dropout-ratio", 0.9]

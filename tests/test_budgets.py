@@ -18,9 +18,9 @@ from models.extraction import extract
 from models.macs import count_macs, count_params, macs_per_dim
 from piad import latency
 from piad.dropout_list import grow, unit_sizes
-from piad.latency import LATENCY, Latencies, measure_latency
 from piad.mask_table import MaskTable
-from piad.selection import count_sizes, format_amount, format_seconds, parse_amount
+from supernet.latency import LATENCY, Latencies, measure_latency
+from supernet.selection import count_sizes, format_amount, format_seconds, parse_amount
 from utils import UserError
 
 

@@ -17,11 +17,11 @@ from PIL import Image
 from programs import MODEL, NAME, ROOT, Road, exit_code, run, snapshot
 from safetensors.torch import save_file
 
-from models import formats, load
 from models.extraction import extract
-from models.formats import relative_error
 from models.macs import count_macs, count_params
-from piad.latency import Latencies
+from supernet import formats, load
+from supernet.formats import relative_error
+from supernet.latency import Latencies
 from utils import UserError
 
 needs_onnx = pytest.mark.skipif(
@@ -123,7 +123,7 @@ def test_a_folder_opens_with_models_load_in_a_fresh_process(road: Road, tmp_path
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np, torch, models
-network = models.load(sys.argv[1])
+network = supernet.load(sys.argv[1])
 np.save(sys.argv[3], network.model(torch.from_numpy(np.load(sys.argv[2]))).detach().numpy())
 """
     images = torch.randn(3, 1, 16, 16)

@@ -24,15 +24,15 @@ from main import start_training
 from models.backbone import blocks_of, create_backbone, family_of, first_layers, full_widths, modules_of, value_layer
 from models.elastic import ValueLayer, ValueProjection, make_elastic, set_widths
 from models.extraction import extract
-from models.folder import load_subnetwork, save_subnetwork
-from models.formats import Size
 from models.macs import count_macs, count_params, fixed_macs
 from models.parts import Bypass, parameters_of
 from piad.dropout_list import unit_sizes
 from piad.progressive import ProgressiveDropout
+from studies.criteria import CRITERIA, importance_by, sort_dims
+from supernet.folder import load_subnetwork, save_subnetwork
+from supernet.formats import Size
 from utils import UserError
 from wpac.compensation import compensate, load_compensation, save_compensation
-from wpac.criteria import CRITERIA, importance_by, sort_dims
 from wpac.refit import refit
 from wpac.statistics import collect_statistics
 from wpac.transform import contract

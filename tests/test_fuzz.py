@@ -34,9 +34,9 @@ from files import CheckpointFolder, load_checkpoint
 from models.backbone import full_widths
 from models.elastic import make_elastic
 from models.extraction import extract
-from models.folder import load_subnetwork, save_subnetwork
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
+from supernet.folder import load_subnetwork, save_subnetwork
 from training import Progress, Training
 from utils import UserError
 

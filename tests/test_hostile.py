@@ -25,9 +25,9 @@ from test_fuzz import FULL, as_bytes, sub_network
 
 from benchmarks.common import peak_bytes
 from files import MAX_JSON_BYTES
-from models.folder import MAX_DEPTH, load_subnetwork
 from models.loading import load_backbone
 from piad.mask_table import MaskTable
+from supernet.folder import MAX_DEPTH, load_subnetwork
 from utils import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,13 +15,14 @@ from programs import COMMON, MODEL_KWARGS, NAME, PROXY, ROOT, Road, run, tiny_di
 
 import models
 import piad
+import supernet
 import wpac
 from datasets import Digits, eval_loader, open_images
 from files import load_checkpoint, save_checkpoint
-from models import load
 from models.backbone import full_widths
 from models.extraction import extract
 from piad.mask_table import MaskTable
+from supernet import load
 from utils import UserError
 
 
@@ -145,18 +146,16 @@ def test_a_table_of_another_network(road: Road, tmp_path: Path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("first", ["models", "piad", "wpac", "models.network", "datasets"])
+@pytest.mark.parametrize("first", ["models", "piad", "wpac", "supernet", "datasets"])
 def test_houses_open_in_any_order(first: str):
-    """models.load knows piad and wpac, which know models: none may need another to be imported first."""
-    names = "from models import load, extract, count_macs; from piad import MaskTable; from wpac import contract"
-    code = f"import {first}; {names}"
+    """supernet.load knows piad and wpac, which know models: none may need another to be imported first."""
+    names = ["from supernet import load", "from models import extract, count_macs", "from piad import MaskTable"]
+    code = "; ".join([f"import {first}", *names, "from wpac import contract"])
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
 def test_public_names_say_what_they_give_and_raise():
-    for public in (models.load, models.extract, piad.MaskTable.select, piad.MaskTable.load, piad.MaskTable.widths):
+    for public in (supernet.load, models.extract, piad.MaskTable.select, piad.MaskTable.load, piad.MaskTable.widths):
         assert "Raises UserError" in public.__doc__
     assert "Raises ValueError" in models.count_macs.__doc__ and "Raises KeyError" in wpac.contract.__doc__
-    with pytest.raises(AttributeError, match="no attribute 'lode'"):
-        _ = models.lode

@@ -14,7 +14,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from programs import COMMON, ROOT, Road, exit_code, run
 
-from piad.selection import format_amount
+from supernet.selection import format_amount
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 
@@ -161,7 +161,7 @@ def test_the_command_cuts_out_what_the_page_shows(folder: Path, report: dict[str
 
 def test_the_page_in_docs_is_of_this_template():
     """docs/index.html is what page.py makes of its data now: neither half was changed alone."""
-    template = re.split(r"\{\{\w+\}\}", (ROOT / "page.html").read_text())
+    template = re.split(r"\{\{\w+\}\}", (ROOT / "report" / "page.html").read_text())
     page = (ROOT / "docs" / "index.html").read_text()
     assert all(part in page for part in template)
     assert "http" not in re.sub(r'"http://www.w3.org/2000/svg"', "", page)

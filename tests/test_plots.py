@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from plots import draw_spectra, draw_widths, plot_frontier, plot_spectra, plot_widths
+from report.plots import draw_spectra, draw_widths, plot_frontier, plot_spectra, plot_widths
 
 FULL = {"0.attn": 8, "0.mlp": 32, "1.attn": 8, "1.mlp": 32}
 SIZES = [FULL, {"0.attn": 8, "0.mlp": 16, "1.attn": 4, "1.mlp": 8}, {"0.attn": 2, "0.mlp": 1, "1.attn": 0, "1.mlp": 0}]

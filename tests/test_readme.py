@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 from programs import ROOT, Road
 
-import models.network
+import supernet.network
 
 README = (ROOT / "README.md").read_text()
 
 
 def test_the_python_example_runs_as_it_stands(road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its lines are a doctest's, and that runs where the demo would have left a network: here lies a smaller one."""
-    (test,) = doctest.DocTestFinder(recurse=False).find(models.network, globs={})
+    (test,) = doctest.DocTestFinder(recurse=False).find(supernet.network, globs={})
     lines = [example.source.rstrip() for example in test.examples]
     shown = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     assert [line for line in shown.splitlines() if line] == lines and len(lines) == 10
@@ -28,7 +28,7 @@ def test_the_python_example_runs_as_it_stands(road: Road, tmp_path: Path, monkey
     report = []
     result = doctest.DocTestRunner(verbose=False).run(test, out=report.append)
     assert result.failed == 0 and result.attempted == 10, "".join(report)
-    assert models.load("output/cut").grade == "cut"
+    assert supernet.load("output/cut").grade == "cut"
 
 
 def test_every_file_and_script_it_names_is_there():

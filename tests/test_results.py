@@ -8,30 +8,23 @@ import re
 import pytest
 from programs import ROOT
 
-from benchmarks import (
-    backbones,
-    latency,
-    study_alternatives,
-    study_contraction,
-    study_regimes,
-    study_training,
-    study_truncation,
-)
+from benchmarks import backbones, latency
+from studies import alternatives, contraction, regimes, training, truncation
 
 RESULTS = (ROOT / "docs" / "RESULTS.md").read_text()
 FOLDER = ROOT / "docs" / "results"
 TABLES = {
     "backbones.json": backbones.markdown,
-    "contraction_vit_small_cifar10.json": study_contraction.markdown,
-    "contraction_vit_digits.json": study_contraction.markdown,
-    "truncation_vit_small_cifar10.json": study_truncation.markdown,
-    "regimes_vit_cifar10.json": study_regimes.markdown,
-    "alternatives_vit_cifar10.json": study_alternatives.markdown,
+    "contraction_vit_small_cifar10.json": contraction.markdown,
+    "contraction_vit_digits.json": contraction.markdown,
+    "truncation_vit_small_cifar10.json": truncation.markdown,
+    "regimes_vit_cifar10.json": regimes.markdown,
+    "alternatives_vit_cifar10.json": alternatives.markdown,
     "latency_deit_tiny.json": latency.markdown,
     "latency_deit_tiny_steps.json": latency.markdown,
     "latency_swin_tiny.json": latency.markdown,
     "latency_swin_tiny_steps.json": latency.markdown,
-    "training.json": lambda results: study_training.summary(results["runs"]),
+    "training.json": lambda results: training.summary(results["runs"]),
 }
 
 

@@ -33,10 +33,10 @@ from datasets import eval_loader, open_images, preprocessing
 from files import load_checkpoint
 from models.backbone import full_widths
 from models.extraction import extract
-from models.folder import load_subnetwork, save_subnetwork
 from models.macs import count_macs, count_params
 from piad.mask_table import MaskTable
-from piad.selection import format_amount
+from supernet.folder import load_subnetwork, save_subnetwork
+from supernet.selection import format_amount
 
 
 def model_of(weights: dict[str, torch.Tensor]) -> VisionTransformer:

@@ -11,9 +11,6 @@ import pytest
 import torch
 from tiny import PLAIN, SHAPE, random_backbone, random_data, relative
 
-from benchmarks import study_alternatives, study_regimes
-from benchmarks.study import Results, call, silence
-from benchmarks.study_regimes import CHOICES
 from models.backbone import full_widths, modules_of
 from models.elastic import make_elastic
 from models.extraction import extract
@@ -21,6 +18,9 @@ from models.macs import count_macs
 from piad import importance
 from piad.dropout_list import unit_sizes
 from piad.progressive import ProgressiveDropout
+from studies import alternatives, regimes
+from studies.common import Results, call, silence
+from studies.regimes import CHOICES
 
 
 def test_results_are_kept_row_by_row_and_found_again(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -90,9 +90,9 @@ def test_choices_inside_piad_last_as_long_as_they_are_asked_for(choice: str):
 def test_a_narrower_model_is_the_widest_within_the_macs():
     base = random_backbone()
     args = type("Args", (), {"model": PLAIN, "model_kwargs": SHAPE})
-    model = study_alternatives.narrower(base, args, 0.5)
+    model = alternatives.narrower(base, args, 0.5)
     assert count_macs(model) <= 0.5 * count_macs(base)
-    wider = study_alternatives.create_backbone(PLAIN, **SHAPE | {"embed_dim": model.embed_dim + 3})
+    wider = alternatives.create_backbone(PLAIN, **SHAPE | {"embed_dim": model.embed_dim + 3})
     assert count_macs(wider) > 0.5 * count_macs(base)
     assert (len(model.blocks), model.blocks[0].attn.num_heads) == (2, 3)
 
@@ -100,7 +100,7 @@ def test_a_narrower_model_is_the_widest_within_the_macs():
 def test_torch_pruning_gives_a_plain_model_within_the_macs():
     pytest.importorskip("torch_pruning")
     base, data = random_backbone(dtype=torch.float32), random_data(8, dtype=torch.float32)
-    model = study_alternatives.prune(base, [data], 0.5 * count_macs(base))
+    model = alternatives.prune(base, [data], 0.5 * count_macs(base))
     assert 0.4 * count_macs(base) < count_macs(model) <= 0.5 * count_macs(base)
     assert model(data[0]).shape == (8, 7)
     assert sum(p.numel() for p in model.parameters()) < 0.6 * sum(p.numel() for p in base.parameters())
@@ -108,10 +108,10 @@ def test_torch_pruning_gives_a_plain_model_within_the_macs():
 
 def test_tables_of_studies_have_a_cell_for_each_size():
     rows = [{"regime": "piad", "weights": "contracted", "choice": "", "seed": seed, "epochs": 2,
-             "top1": dict.fromkeys(study_regimes.SHARES, 50.0 + seed)} for seed in (0, 1)]  # fmt: skip
-    text = study_regimes.markdown({"rows": rows})
+             "top1": dict.fromkeys(regimes.SHARES, 50.0 + seed)} for seed in (0, 1)]  # fmt: skip
+    text = regimes.markdown({"rows": rows})
     assert "| piad | contracted | 2 | 2 | 50.5 (50.0 to 51.0) |" in text
     sizes = [{"way": "alone", "size": size, "seed": 0, "epochs": 9, "top1": 40.0, "once": 0, "each": 90}
-             for size in study_alternatives.SHARES]  # fmt: skip
-    assert "| alone | 1 | 9 | 40.0 | 40.0 | 40.0 | 1,080 |" in study_alternatives.markdown({"rows": sizes})
-    assert np.isclose(sum(study_alternatives.SHARES.values()), 1.5)
+             for size in alternatives.SHARES]  # fmt: skip
+    assert "| alone | 1 | 9 | 40.0 | 40.0 | 40.0 | 1,080 |" in alternatives.markdown({"rows": sizes})
+    assert np.isclose(sum(alternatives.SHARES.values()), 1.5)

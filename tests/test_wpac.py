@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from models.backbone import modules_of
 from models.taylor import tap
+from studies.criteria import CRITERIA, importance_by, sort_dims
 from utils import UserError
 from wpac.bases import descending_eigenvectors, variance_bases
-from wpac.criteria import CRITERIA, importance_by, sort_dims
 from wpac.statistics import Statistics, collect_statistics
 from wpac.transform import contract, permute_mlp, rotate_attention
 

@@ -22,7 +22,7 @@ from models.backbone import Backbone, Module, blocks_of, last_layer, modules_of
 from utils import UserError, checksum, reduce_sum
 
 COMPENSATION = "compensation.safetensors"
-DAMPING = 1e-2  # share of the mean variance added to S; benchmarks/study_contraction.py chooses it on held-out images
+DAMPING = 1e-2  # share of the mean variance added to S; studies/contraction.py chooses it on held-out images
 EVEN = 0.5  # share of a token's weight that all tokens have alike; the rest follows the gradient at the token
 ROUNDING = 8  # times the machine epsilon: how far products may be off, as a share of the norm of what they add up to
 BLOCK = 128  # columns multiplied at once: S is symmetric, so about half of it is left out

@@ -64,7 +64,7 @@ class TokenCollector:
     """Streams the TokenMoments of an attention in float64.
 
     theta is the importance of a token for one head: the mean over its d dims of |g * x| (first-order Taylor), of every
-    token; weighting, which benchmarks/study_truncation.py compares: "none" has 1 instead, "class" 0 for all but the
+    token; weighting, which studies/truncation.py compares: "none" has 1 instead, "class" 0 for all but the
     first.  Nothing depends on how the tokens are cut into batches or spread over ranks.
     """
 

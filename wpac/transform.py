@@ -111,7 +111,7 @@ def centre_values(model: Backbone, statistics: Statistics) -> None:
 
     Exact, as the rows of an attention sum to 1. (k could be shifted too, but that changes nothing even when dims are
     cut: the softmax does not see it.) Compensation contains it. Without compensation it does harm where the cut is
-    deep, so nothing but benchmarks/study_contraction.py uses it. statistics: as contract() leaves them; their means
+    deep, so nothing but studies/contraction.py uses it. statistics: as contract() leaves them; their means
     follow.
     """
     for key, module in modules_of(model).items():

@@ -1,7 +1,7 @@
 """Sub-networks as files for elsewhere: a folder, a .pt2 for torch alone, an .onnx for onnxruntime alone.
 
-python -m models.export output/peelable/digits --macs 200K --format folder onnx torch-export --output output/small
-python -m models.export output/peelable/digits --all 12 --format onnx --output output/sizes
+python -m export output/peelable/digits --macs 200K --format folder onnx torch-export --output output/small
+python -m export output/peelable/digits --all 12 --format onnx --output output/sizes
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from arguments import Parser, add_amp, add_data_set, add_size_arguments, count, positive
-from budgets import asks_for_size, chosen_op_codes, latencies_of
 from datasets import Images, eval_loader, open_images
 from engine import evaluate
 from files import check_output_dir, read_json, write_text
 from models.backbone import Backbone
 from models.extraction import extract
-from models.folder import CONFIG, WEIGHTS
-from models.formats import FORMATS, NEEDS, write_formats
 from models.loading import fit_head
 from models.macs import CONVENTIONS
-from models.network import Network, load
-from piad.latency import Latencies
-from piad.selection import count_sizes
+from supernet.budgets import asks_for_size, chosen_op_codes, latencies_of
+from supernet.folder import CONFIG, WEIGHTS
+from supernet.formats import FORMATS, NEEDS, write_formats
+from supernet.latency import Latencies
+from supernet.network import Network, load
+from supernet.selection import count_sizes
 from utils import UserError, init_processes, progress_bar, run_program, say, seed_everything
 
 IMAGES = 16  # random ones, and real ones, that an export is checked on
@@ -83,7 +83,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The flags, as they were typed."""
     parser = Parser(
-        prog="python -m models.export",
+        prog="python -m export",
         description="Export sub-networks, each checked against the model it was made from.",
     )
     group = parser.add_argument_group("what to export")

@@ -18,7 +18,7 @@ from models.macs import count_macs
 from utils import UserError, device_name, gather_over_ranks, is_main_process, progress_bar, say, synchronize
 
 if TYPE_CHECKING:
-    from .mask_table import MaskTable
+    from piad.mask_table import MaskTable
 
 LATENCY = "latency.json"
 WARMUP = 3  # runs before the timed ones: memory is taken, kernels are chosen

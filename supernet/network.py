@@ -3,7 +3,8 @@
 The lines of the README, on the digits that `sh run_demo.sh` trains:
 
 >>> from PIL import Image
->>> from models import count_macs, extract, load
+>>> from models import count_macs, extract
+>>> from supernet import load
 >>> network = load("output/demo/peelable/digits", use_ema=True)  # or a checkpoint, or the folder of a sub-network
 >>> model, table = network.model, network.table
 >>> sizes = {code: count_macs(model, table.widths(code)) for code in range(len(table))}  # op code: MACs for an image
@@ -27,12 +28,12 @@ from torch import Tensor
 
 from datasets import preprocessing
 from files import CheckpointFolder, load_checkpoint, read_json, shown
+from models.backbone import ALIASES, Backbone, full_widths
 from piad.mask_table import MASK_TABLE, MaskTable
-from piad.super_network import CONTRACTED, load_super_network
+from supernet.opening import CONTRACTED, load_super_network
 from utils import UserError
 from wpac.compensation import compensate_from
 
-from .backbone import ALIASES, Backbone, full_widths
 from .folder import (
     CONFIG,
     WEIGHTS,

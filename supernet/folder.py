@@ -13,12 +13,11 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from files import atomic_file, load_checkpoint, read_json, shown, write_text
+from models.backbone import ALIASES, Backbone, create_backbone, family_named, full_widths
+from models.extraction import extract
+from models.loading import load_weights
+from models.macs import count_macs, count_params
 from utils import UserError
-
-from .backbone import ALIASES, Backbone, create_backbone, family_named, full_widths
-from .extraction import extract
-from .loading import load_weights
-from .macs import count_macs, count_params
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MAX_DEPTH, MAX_SIZE = 100, 1_000_000  # beyond any vision transformer: of sizes in a config, checked before building

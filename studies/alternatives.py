@@ -1,6 +1,6 @@
 """Study 3: would a user be better off otherwise? The same data, checkpoint, sizes and training budget for every way.
 
-    python -m benchmarks.study_alternatives --name vit_cifar10 --data-path DIR --checkpoint FILE --epochs N ...
+    python -m studies.alternatives --name vit_cifar10 --data-path DIR --checkpoint FILE --epochs N ...
 
 At SHARES of the MACs, top-1 (percent) of: sub-networks of a super-network that was trained N epochs (`skd`), and after
 N/10 epochs of fine-tuning each; sizes cut by reparam.py --method best, which trains nothing, and fine-tuned likewise;
@@ -28,7 +28,6 @@ import main as program
 import reparam
 from arguments import data_overrides, decimal
 from benchmarks.common import describe_machine
-from benchmarks.study import Results, call, model_and_data_flags, parse_training_arguments
 from datasets import eval_loader, open_splits, preprocessing, proxy_set
 from engine import evaluate
 from files import load_checkpoint
@@ -38,7 +37,8 @@ from models.loading import load_backbone
 from models.macs import count_macs
 from models.taylor import COSTS
 from piad.mask_table import MaskTable
-from plots import plot_alternatives
+from report.plots import plot_alternatives
+from studies.common import Results, call, model_and_data_flags, parse_training_arguments
 from utils import UserError, init_processes, progress_bar, run_program
 from wpac.compensation import COMPENSATION, load_compensation
 

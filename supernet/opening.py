@@ -7,9 +7,8 @@ from typing import Any
 
 from models.backbone import Backbone, full_widths
 from models.loading import load_backbone
+from piad.mask_table import MASK_TABLE, MaskTable
 from utils import UserError
-
-from .mask_table import MASK_TABLE, MaskTable
 
 CONTRACTED = "contracted.safetensors"  # what WPAC writes, and PIAD starts from
 

@@ -1,6 +1,6 @@
 """Study 1: what is left of a network when attention dims are cut without training, and what that hangs on.
 
-    python -m benchmarks.study_truncation --name vit_small_cifar10 --data-path DIR --checkpoint FILE ...
+    python -m studies.truncation --name vit_small_cifar10 --data-path DIR --checkpoint FILE ...
 
 Parts: by which criterion dims are chosen (the paper's table); which tokens weigh in WPAC's statistics; how many proxy
 images; which cost; what is cut. Top-1 (percent) on val/, and the KL divergence of the outputs from the whole model's.
@@ -20,12 +20,12 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
-from benchmarks.study import CutStudy, add_study_arguments, silence
 from models.backbone import full_widths
 from models.extraction import extract
-from plots import plot_truncation
+from report.plots import plot_truncation
+from studies.common import CutStudy, add_study_arguments, silence
+from studies.criteria import CRITERIA, importance_by, sort_dims
 from utils import init_processes, progress_bar, run_program
-from wpac.criteria import CRITERIA, importance_by, sort_dims
 from wpac.statistics import collect_statistics
 from wpac.transform import contract
 

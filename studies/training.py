@@ -1,6 +1,6 @@
 """Does PIAD gain by training sub-networks that are compensated? The same budget, three seeds, on the digits.
 
-    python -m benchmarks.study_training --checkpoint output/demo/pretrained/digits/checkpoint_79.pth
+    python -m studies.training --checkpoint output/demo/pretrained/digits/checkpoint_79.pth
 
 Each run is main.py's PIAD stage, from weights that reparam.py contracted: `paper` (WPAC), `best` (--method best), and
 `best, compensated`, where an elastic module's last layer is A_:k L_kk^-1 at each step, with the L of the start and the
@@ -26,7 +26,6 @@ import main as program
 import reparam
 from arguments import positive
 from benchmarks.common import describe_machine
-from benchmarks.study import RESULTS, call
 from datasets import eval_loader, open_images, preprocessing
 from engine import evaluate
 from files import load_checkpoint, write_text
@@ -35,6 +34,7 @@ from models.extraction import extract
 from models.loading import load_backbone
 from models.macs import count_macs
 from piad.mask_table import MaskTable
+from studies.common import RESULTS, call
 from utils import run_program
 from wpac.compensation import COMPENSATION, load_compensation
 

@@ -12,7 +12,7 @@ from utils import UserError
 from .latency import Latencies
 
 if TYPE_CHECKING:
-    from .mask_table import MaskTable
+    from piad.mask_table import MaskTable
 
 UNITS = {
     "amount": {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9},

@@ -9,9 +9,9 @@ import torch
 
 from models.backbone import Backbone
 from models.macs import count_macs
-from piad.latency import LATENCY, Latencies
 from piad.mask_table import MaskTable
-from piad.selection import count_sizes, evenly_spaced, format_amount, format_seconds, format_sizes
+from supernet.latency import LATENCY, Latencies
+from supernet.selection import count_sizes, evenly_spaced, format_amount, format_seconds, format_sizes
 from utils import UserError, say
 
 # The flags that limit a size, and the limits of MaskTable.select() that they set.

@@ -15,20 +15,20 @@ import torch
 from torch.utils.data import DataLoader
 
 from arguments import data_overrides
-from budgets import asks_for_size, chosen_op_codes
 from datasets import eval_loader, open_images, preprocessing, proxy_set
 from engine import evaluate
 from files import write_text
 from main_arguments import super_network_words
 from models.backbone import Backbone, full_widths
 from models.extraction import extract
-from models.folder import load_subnetwork, save_subnetwork
 from models.loading import fit_head, load_backbone
 from models.macs import count_macs, count_params
-from piad.latency import measure_latency
 from piad.mask_table import MaskTable
-from piad.selection import format_amount
-from piad.super_network import load_super_network
+from supernet.budgets import asks_for_size, chosen_op_codes
+from supernet.folder import load_subnetwork, save_subnetwork
+from supernet.latency import measure_latency
+from supernet.opening import load_super_network
+from supernet.selection import format_amount
 from utils import UserError, device_name, is_main_process, progress_bar, say
 from wpac.compensation import compensate_from
 from wpac.refit import check_refit, refit
@@ -200,7 +200,7 @@ def write_report(rows: list[dict[str, Any]], folder: Path, facts: dict[str, Any]
     writer.writerows(rows)
     write_text(folder / "frontier.csv", text.getvalue())
     write_text(folder / "frontier.json", json.dumps({**facts, "sizes": rows}, indent=1) + "\n")
-    from plots import plot_frontier, plot_widths  # only here: matplotlib is slow to import
+    from report.plots import plot_frontier, plot_widths  # only here: matplotlib is slow to import
 
     measured = f"{facts['batch_size']} at a time, {facts['device']}"
     plot_frontier(rows, folder / "frontier.png", facts["title"], measured)

@@ -1,8 +1,8 @@
 """How much of a network is left when every module is cut, without training: from sorting to refitting.
 
-    python -m benchmarks.study_contraction --name vit_small_cifar10 --data-path DIR --checkpoint FILE ...
-    python -m benchmarks.study_contraction --part proxies ...        64, 256 and 1,024 proxy images, and their damping
-    python -m benchmarks.study_contraction --part apart ...          attention alone, q and k cut otherwise than v
+    python -m studies.contraction --name vit_small_cifar10 --data-path DIR --checkpoint FILE ...
+    python -m studies.contraction --part proxies ...        64, 256 and 1,024 proxy images, and their damping
+    python -m studies.contraction --part apart ...          attention alone, q and k cut otherwise than v
 
 Top-1 (percent) on val/, and the KL divergence of the outputs from the whole model's, for each method of METHODS and
 share of the dims kept in every module; `allocation` has its own widths, within the MACs of that share. Writes
@@ -28,7 +28,6 @@ from torch import Tensor
 
 from arguments import positive
 from arguments import share as share_type
-from benchmarks.study import Batches, CutStudy, add_study_arguments, silence
 from datasets import proxy_set
 from models.backbone import full_widths, modules_of
 from models.elastic import make_elastic
@@ -36,12 +35,13 @@ from models.extraction import extract
 from models.macs import count_macs
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
-from plots import plot_contraction
 from reparam import table_without_training
+from report.plots import plot_contraction
+from studies.common import Batches, CutStudy, add_study_arguments, silence
+from studies.criteria import importance_by, sort_dims
 from utils import init_processes, progress_bar, run_program
 from wpac.allocation import dim_errors
 from wpac.compensation import DAMPING, Compensation, OutputMoments, compensate, ordered_layer
-from wpac.criteria import importance_by, sort_dims
 from wpac.refit import refit
 from wpac.statistics import collect_statistics
 from wpac.transform import centre_values, contract

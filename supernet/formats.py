@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.backbone import Backbone
 from utils import UserError, say
 
-from .backbone import Backbone
 from .folder import load_subnetwork
 from .network import Network
 
@@ -85,7 +85,7 @@ class Size:
 
 
 def write_folder(size: Size, folder: Path) -> tuple[Path, Logits]:
-    """model.safetensors and config.json, which models.load() opens."""
+    """model.safetensors and config.json, which supernet.load() opens."""
     known = ("model", "model_kwargs", "widths", "preprocessing", "macs", "params", "grade")
     facts = {key: value for key, value in size.network.facts.items() if key not in known}
     if not size.network.facts:

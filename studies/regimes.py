@@ -1,6 +1,6 @@
 """Study 2: what PIAD adds over other dropouts, and the choices inside it: the same backbone, the same number of steps.
 
-    python -m benchmarks.study_regimes --name vit_cifar10 --data-path DIR --checkpoint FILE --epochs N ...
+    python -m studies.regimes --name vit_cifar10 --data-path DIR --checkpoint FILE --epochs N ...
 
 A row is main.py's PIAD stage under a --regime, from the weights as they are or as reparam.py contracted them; or PIAD
 with one choice made otherwise. Top-1 (percent) of the averaged weights at SHARES of the MACs, not fine-tuned. What
@@ -27,7 +27,6 @@ import main as program
 import reparam
 from arguments import data_overrides
 from benchmarks.common import describe_machine
-from benchmarks.study import Results, call, model_and_data_flags, parse_training_arguments
 from datasets import eval_loader, open_splits, preprocessing
 from engine import evaluate
 from files import load_checkpoint
@@ -37,7 +36,8 @@ from models.loading import load_backbone
 from models.macs import count_macs
 from piad import dropout_list, importance
 from piad.mask_table import MaskTable
-from plots import plot_regimes
+from report.plots import plot_regimes
+from studies.common import Results, call, model_and_data_flags, parse_training_arguments
 from utils import init_processes, progress_bar, run_program
 
 SHARES = {"2:12": 2 / 12, "4:12": 4 / 12, "6:12": 6 / 12, "8:12": 8 / 12, "12:12": 1.0}

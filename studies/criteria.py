@@ -10,8 +10,7 @@ from torch import Tensor
 
 from models.backbone import Backbone, blocks_of, first_layers, modules_of, value_layer
 from models.taylor import TaylorImportance, collect
-
-from .transform import permute_mlp, rotate_attention
+from wpac.transform import permute_mlp, rotate_attention
 
 CRITERIA = ("random", "magnitude", "taylor", "hessian")
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from arguments import Parser
 from files import read_json, shown, write_text
-from piad.selection import format_amount
+from supernet.selection import format_amount
 from utils import UserError, run_program, say
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 GENERATOR = '<meta name="generator" content="page.py">'  # by which a page of ours is known
 # What the page shows of frontier.json.
 FACTS = {"title": str, "weights": str, "averaged_weights": bool, "grade": str, "images": int, "device": str,
@@ -88,7 +88,7 @@ def page_of(report: dict[str, Any], folder: Path) -> str:
     }
     # "<" cannot end the script element then; JSON knows it as the same text.
     filled = {"data": json.dumps(data).replace("<", "\\u003c"), "title": html.escape(report["title"])}
-    template = (ROOT / "page.html").read_text()
+    template = (ROOT / "report" / "page.html").read_text()
     return re.sub(r"\{\{(data|title)\}\}", lambda found: filled[found[1]], template)
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from files import atomic_file
-from piad.selection import format_amount
+from supernet.selection import format_amount
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 BLUE, ORANGE = "#0072B2", "#D55E00"
@@ -111,7 +111,7 @@ def plot_spectra(spectra: dict[str, list[list[float]]], path: Path, measure: str
 def plot_contraction(rows: list[dict[str, Any]], whole: dict[str, Any], path: Path, title: str) -> None:
     """Top-1 (percent) and KL to the whole model against the share of MACs, a line a method, mean over the draws.
 
-    rows: method, share, macs, top1, kl, as benchmarks/study_contraction.py measures them; whole: macs and top1.
+    rows: method, share, macs, top1, kl, as studies/contraction.py measures them; whole: macs and top1.
     """
     figure, panels = _two_panels(whole, "MACs, % of the whole model's")
     for style, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
@@ -134,7 +134,7 @@ def plot_truncation(
 ) -> None:
     """Top-1 (percent) and KL to the whole model against the share of dims kept, a line a setting, mean over the draws.
 
-    lines: label -> rows at each share, as benchmarks/study_truncation.py measures them; bars reach from the least to
+    lines: label -> rows at each share, as studies/truncation.py measures them; bars reach from the least to
     the most of the draws.  paper: label -> top-1 at each share, drawn hollow.
     """
     figure, panels = _two_panels(whole, "dims kept, %")

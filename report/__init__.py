@@ -1,0 +1,1 @@
+"""What is shown of evaluated networks: tables, pictures, the page."""
