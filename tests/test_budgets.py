@@ -16,7 +16,7 @@ from tiny import random_backbone
 from models.backbone import full_widths, modules_of
 from models.extraction import extract
 from models.macs import count_macs, count_params, macs_per_dim
-from piad import latency
+from supernet import latency
 from piad.dropout_list import grow, unit_sizes
 from piad.mask_table import MaskTable
 from supernet.latency import LATENCY, Latencies, measure_latency
