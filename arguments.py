@@ -1,4 +1,4 @@
-"""Command-line flags, in groups, shared by the entry points."""
+"""Command-line flags that the entry points share, in groups, and opening the network that they name."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from timm.utils import ParseKwargs
 
+import supernet
 from datasets import FOLDER_NAMES
 from models.macs import CONVENTIONS
-from supernet.selection import parse_amount
+from supernet.amounts import parse_amount
+
+DEFAULT_MODEL = "deit_small_patch16_224"  # of new weights, and of timm's pretrained ones
 
 
 class Parser(argparse.ArgumentParser):
-    """Whose errors are one line, as all others."""
+    """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{Path(sys.argv[0]).name}: error: {message}\n")
 
 
 def quantity(kind: str, example: str) -> Callable[[str], float]:
-    """An argparse type: a positive amount with a unit of this kind."""
+    """An argparse type: a positive amount with a unit of this kind (supernet.amounts.UNITS)."""
 
     def parse(text: str) -> float:
         try:
@@ -40,7 +44,7 @@ duration = quantity("seconds", "a time such as 5ms or 0.2s")
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
-    """An argparse type: a whole number or a decimal one from low to high."""
+    """An argparse type: a whole number (kind int) or a decimal number (float) from low to high."""
 
     def parse(text: str) -> float:
         try:
@@ -70,10 +74,28 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
+        "--checkpoint",
+        "--sub-network",
+        type=Path,
+        metavar="PATH",
+        help="weights to start from: .pth or .safetensors, bare or under model / state_dict; or the folder of a run, "
+        "of contracted weights or of a sub-network",
+    )
+    group.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="without --checkpoint: start from timm's pretrained weights",
+    )
+    add_model(group)
+
+
+def add_model(group: argparse._ArgumentGroup) -> None:
+    """What the weights are of: --model, --model-kwargs, --eval-ema."""
+    group.add_argument(
         "--model",
-        default="deit_small_patch16_224",
         metavar="NAME",
-        help="timm's name, or vit_tiny, vit_small, vit_base for the DeiT models (default: %(default)s)",
+        help="timm's name, or vit_tiny, vit_small, vit_base for the DeiT models; needed for weights that do not say it "
+        f"(default: what they say; without weights {DEFAULT_MODEL})",
     )
     group.add_argument(
         "--model-kwargs",
@@ -81,25 +103,30 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default={},
         action=ParseKwargs,
         metavar="KEY=VALUE",
-        help="arguments for timm's model, such as img_size=98 patch_size=14",
-    )
-    group.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="weights to start from: .pth or .safetensors, bare or under model / state_dict",
-    )
-    group.add_argument(
-        "--pretrained",
-        action="store_true",
-        help="without --checkpoint: start from timm's weights (its hub)",
+        help="arguments for timm's model, such as img_size=98 patch_size=14 (default: what the weights say)",
     )
     group.add_argument(
         "--eval-ema",
         "--use-ema",
         action="store_true",
         dest="use_ema",
-        help="take the averaged weights (model_ema) of --checkpoint",
+        help="use the averaged weights (model_ema) of the checkpoint",
+    )
+
+
+def add_mask_table(group: argparse._ArgumentGroup) -> None:
+    """What lies beside the weights of a super-network: --mask-table, --compensate."""
+    group.add_argument(
+        "--mask-table",
+        type=Path,
+        metavar="FILE",
+        help="mask table (default: the one in the checkpoint, else mask_table.json beside the weights)",
+    )
+    group.add_argument(
+        "--compensate",
+        action=argparse.BooleanOptionalAction,
+        help="sub-networks make up for what they lost, with the compensation.safetensors beside the weights (default: "
+        "where that file exists)",
     )
 
 
@@ -111,45 +138,64 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=1024,
         metavar="N",
-        help="training images that statistics are taken on (default: %(default)s)",
+        help="number of training images that statistics are taken on (default: %(default)s)",
     )
     group.add_argument(
-        "--batch-size", type=positive, default=64, metavar="N", help="images a process and step (default: %(default)s)"
+        "--batch-size",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="images per process and step (default: %(default)s)",
     )
     group.add_argument(
         "--workers",
         type=count,
         default=4,
         metavar="N",
-        help="data loading processes a process; 0 loads in the process itself (default: %(default)s)",
+        help="data loading processes per process; 0 loads in the process itself (default: %(default)s)",
     )
-    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="pixel mean, 0..1 (default: the model's)")
+    add_preprocessing(group)
+
+
+def add_preprocessing(group: argparse._ArgumentGroup) -> None:
+    """How images are prepared: --mean, --std, --interpolation, --crop-pct."""
     group.add_argument(
-        "--std", type=number(float, 1e-3), nargs="+", metavar="X", help="pixel deviation (default: the model's)"
+        "--mean",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="pixel mean per channel (default: what the weights say, else timm's)",
+    )
+    group.add_argument(
+        "--std",
+        type=number(float, 1e-3),
+        nargs="+",
+        metavar="X",
+        help="standard deviation of the pixels per channel (default: as of --mean)",
     )
     group.add_argument(
         "--interpolation",
         choices=("bilinear", "bicubic", "nearest"),
-        help="resizing in evaluation (default: the model's)",
+        help="resizing in evaluation (default: as of --mean)",
     )
     group.add_argument(
         "--crop-pct",
         type=decimal,
         metavar="X",
-        help="share of the resized side that evaluation keeps, 1 = no crop (default: the model's)",
+        help="share of the resized side that the crop of evaluation keeps, 1 = no crop (default: as of --mean)",
     )
 
 
 def add_data_set(group: argparse._ArgumentGroup, default: str | None) -> None:
-    """Which images."""
+    """--data-set and --data-path."""
     group.add_argument(
         "--data-set",
         default=default,
         metavar="NAME",
-        help=f"digits (embedded), {', '.join(FOLDER_NAMES)} (train/ and val/, a folder a class), or a "
-        "name of timm's create_dataset such as torch/cifar10 (default: %(default)s)",
+        help=f"digits (embedded), {', '.join(FOLDER_NAMES)} (train/ and val/ with a folder per "
+        "class), or a name of timm's create_dataset such as torch/cifar10 (default: %(default)s)",
     )
-    group.add_argument("--data-path", metavar="DIR", help="where the data set lies; not needed for digits")
+    group.add_argument("--data-path", metavar="DIR", help="folder of the data set; not needed for digits")
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,42 +204,73 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-dir", type=Path, default=Path("output"), metavar="DIR", help="where results go (default: %(default)s)"
     )
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, or auto: CUDA if there is one")
-    group.add_argument("--seed", type=count, default=0, help="of everything that is drawn (default: %(default)s)")
+    group.add_argument("--seed", type=count, default=0, help="of all random numbers (default: %(default)s)")
 
 
 def data_overrides(args: argparse.Namespace) -> dict[str, object]:
-    """The preprocessing flags, for datasets.preprocessing()."""
+    """The preprocessing flags; None where a flag was not given."""
     return {key: getattr(args, key) for key in ("mean", "std", "interpolation", "crop_pct")}
 
 
+def open_network(
+    args: argparse.Namespace, num_classes: int | None = None, *, plain_weights: bool = False, drop_path: float = 0.0
+) -> supernet.Network:
+    """The network that the flags name (see supernet.load() and create()), on the CPU.
+
+    num_classes: of new weights, where there is no --checkpoint.
+    """
+    more = {"model_kwargs": args.model_kwargs, "preprocessing": data_overrides(args), "drop_path": drop_path}
+    if args.checkpoint is None:
+        name = args.model or DEFAULT_MODEL
+        return supernet.create(name, pretrained=args.pretrained, num_classes=num_classes, **more)
+    if plain_weights:
+        return supernet.load(args.checkpoint, name=args.model, use_ema=args.use_ema, plain_weights=True, **more)
+    return supernet.load(
+        args.checkpoint,
+        name=args.model,
+        use_ema=args.use_ema,
+        compensate=args.compensate,
+        mask_table=args.mask_table,
+        **more,
+    )
+
+
 def add_dropout_ratio(group: argparse._ArgumentGroup) -> None:
-    """How far a mask table goes."""
+    """--dropout-ratio."""
     group.add_argument(
         "--dropout-ratio",
         type=share,
         default=0.875,
         metavar="R",
-        help="share of the MACs that the mask table reaches (default: %(default)s)",
+        help="share of the MACs that the mask table can drop, r (default: %(default)s)",
     )
 
 
 def add_amp(group: argparse._ArgumentGroup) -> None:
-    """The type that a model is run in."""
+    """--amp, as a torch.dtype."""
     group.add_argument(
         "--amp",
-        choices=("bfloat16", "float16"),
+        type=half_precision,
         nargs="?",
-        const="bfloat16",
-        help="mixed precision; --amp alone is bfloat16 (default: float32)",
+        const=torch.bfloat16,
+        metavar="DTYPE",
+        help="mixed precision: bfloat16 or float16; --amp alone is bfloat16 (default: float32)",
     )
 
 
+def half_precision(text: str) -> torch.dtype:
+    """An argparse type: the dtype of autocast."""
+    if text not in ("bfloat16", "float16"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not bfloat16 or float16")
+    return getattr(torch, text)
+
+
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which sub-networks: by op code, or the largest within a budget."""
+    """--op-code and the budgets."""
     group = parser.add_argument_group(
         "sizes",
-        "One budget with several values lists several sizes; several budgets, one value each, ask for the one largest "
-        "size that meets them all.",
+        "One budget with several values asks for several sizes; several budgets, with one value each, ask for the one "
+        "largest size that meets them all.",
     )
     group.add_argument(
         "--op-code",
@@ -203,26 +280,25 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sizes by op code: 0 is the whole network, -1 the smallest",
     )
-    # None, not an empty list, where a run's settings of before had no such flag: it can still be resumed.
     for flag, kind, default, example, what in (
-        ("--macs-ratio", float, [], "X", "at most this share of the whole network's MACs, 0..1"),
-        ("--macs", amount, [], "2.4G", "at most so many MACs for an image"),
-        ("--params", amount, [], "12M", "at most so many parameters"),
-        ("--memory", memory, None, "40MB", "at most so much memory for the weights; B, KB, MB, GB, or MiB for 2^20"),
+        ("--macs-ratio", float, [], "X", "at most this share of the MACs of the whole network, 0..1"),
+        ("--macs", amount, [], "2.4G", "at most this many MACs per image"),
+        ("--params", amount, [], "12M", "at most this many parameters"),
+        ("--memory", memory, [], "40MB", "at most this much memory for the weights; B, KB, MB, GB, or MiB for 2^20"),
         (
             "--latency",
             duration,
-            None,
+            [],
             "5ms",
-            "at most so long for a batch of --batch-size on --device under --amp: sizes are measured by bisection, "
-            "and kept in latency.json beside the mask table; us, ms or s",
+            "at most this time for a batch of --batch-size on --device under --amp; sizes are measured by bisection, "
+            "and the figures kept in latency.json beside the weights; us, ms or s",
         ),
-        ("--throughput", amount, None, "2000", "at least so many images a second, measured as --latency is"),
+        ("--throughput", amount, [], "2000", "at least this many images per second, measured as --latency is"),
     ):
         group.add_argument(flag, type=kind, nargs="+", default=default, metavar=example, help=what)
     group.add_argument(
         "--macs-convention",
         choices=CONVENTIONS,
         default="linear",
-        help="linear layers alone, as the paper counts, or with the attention products (default: %(default)s)",
+        help="linear: linear layers alone, as the paper counts; full: with attention products (default: %(default)s)",
     )

@@ -8,35 +8,32 @@ DATA_PATH=${DATA_PATH:-}      # the folder that holds train/ and val/; not neede
 OUTPUT=${OUTPUT:-output}      # stages read and write OUTPUT/{pretrained,reparamed,peelable,peeled}/NAME
 DEVICE=${DEVICE:-auto}        # cpu, cuda, or auto: CUDA if there is one
 GPUS=${GPUS:-1}               # processes on this machine (with DEVICE=cpu: CPU processes)
-NODES=${NODES:-1}             # machines; with more than one set NODE_RANK and MASTER_ADDR too
+NODES=${NODES:-1}             # machines; with more than one, set NODE_RANK and MASTER_ADDR too
 SEED=${SEED:-0}
 PROXY_SAMPLES=${PROXY_SAMPLES:-1024}
-EXTRA=${EXTRA:-}              # further flags for the program, as they are
+# Weights that these scripts write say of which model they are and how images are prepared. For other weights:
+MODEL=${MODEL:-}                 # any timm ViT or Swin; vit_tiny, vit_small, vit_base mean the DeiT models
+MODEL_KWARGS=${MODEL_KWARGS:-}   # arguments of timm's model, such as "img_size=98 patch_size=14"
+PREPROCESSING=${PREPROCESSING:-} # such as "--crop-pct 1 --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"
+EXTRA=${EXTRA:-}                 # further flags for the program, as they are
 
 if [ "$DATA_SET" = digits ]; then
-    # 8x8 grey images: a small ViT of timm's, 17 tokens, without the parts of DeiT's augmentation that suit photographs.
-    MODEL=${MODEL:-vit_tiny_patch16_224}
-    MODEL_KWARGS=${MODEL_KWARGS:-img_size=8 patch_size=2 in_chans=1 embed_dim=16 depth=8 num_heads=2}
     NAME=${NAME:-digits}
     BATCH_SIZE=${BATCH_SIZE:-64}
     WORKERS=${WORKERS:-1}
     EVAL_EVERY=${EVAL_EVERY:-10} # epochs
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # matrices this small are slower on several threads
-    PREPROCESSING=${PREPROCESSING:---crop-pct 1}
+    # 8x8 grey images: without the parts of DeiT's augmentation that are made for photographs
     AUGMENTATION=${AUGMENTATION:---aa none --color-jitter 0 --hflip 0 --scale 0.7 1 --reprob 0 --mixup 0 --cutmix 0 --repeated-aug 0}
 else
-    # DeiT's recipe is what the programs do when not told otherwise.
-    MODEL=${MODEL:-vit_small}     # any timm ViT or Swin; vit_tiny, vit_small, vit_base mean the DeiT ones
-    MODEL_KWARGS=${MODEL_KWARGS:-}
-    NAME=${NAME:-$MODEL}
-    BATCH_SIZE=${BATCH_SIZE:-128} # images a process and step
+    NAME=${NAME:-${MODEL:-vit_small}}
+    BATCH_SIZE=${BATCH_SIZE:-128} # images per process and step
     WORKERS=${WORKERS:-8}
     EVAL_EVERY=${EVAL_EVERY:-1}   # epochs
-    PREPROCESSING=${PREPROCESSING:-}
-    AUGMENTATION=${AUGMENTATION:-}
+    AUGMENTATION=${AUGMENTATION:-} # DeiT's is the default of the programs
 fi
 
-# Makes the virtual environment (unless one is active) and installs the requirements file named, once.
+# Makes the virtual environment (unless one is active) and installs the named requirements file, once.
 prepare() {
     requirements=$1
     environment=${VIRTUAL_ENV:-.venv}
@@ -53,13 +50,14 @@ prepare() {
     fi
 }
 
-# launch PROGRAM ARGUMENTS...: the program with the shared flags, under torchrun where there are several processes.
+# launch PROGRAM ARGUMENTS...: runs the program with the shared flags, under torchrun if there are several processes.
 launch() {
     program=$1
     shift
-    set -- "$program" "$@" --model "$MODEL" --data-set "$DATA_SET" --batch-size "$BATCH_SIZE" --workers "$WORKERS" \
+    set -- "$program" "$@" --data-set "$DATA_SET" --batch-size "$BATCH_SIZE" --workers "$WORKERS" \
         --proxy-samples "$PROXY_SAMPLES" --device "$DEVICE" --seed "$SEED"
     [ -z "$DATA_PATH" ] || set -- "$@" --data-path "$DATA_PATH"
+    [ -z "$MODEL" ] || set -- "$@" --model "$MODEL"
     # shellcheck disable=SC2086 # these hold several words each
     set -- "$@" $PREPROCESSING ${MODEL_KWARGS:+--model-kwargs $MODEL_KWARGS} $EXTRA
     if [ "$NODES" -gt 1 ]; then
@@ -72,13 +70,8 @@ launch() {
     fi
 }
 
-# newest FOLDER: its checkpoint of the last epoch, if it has one.
-newest() {
-    last=-1
-    for file in "$1"/checkpoint_*.pth; do
-        epoch=${file##*/checkpoint_}
-        epoch=${epoch%.pth}
-        if [ -f "$file" ] && [ "$epoch" -gt "$last" ]; then last=$epoch; fi
-    done
-    [ "$last" -lt 0 ] || echo "$1/checkpoint_$last.pth"
+# has_checkpoint FOLDER: whether a training stage has saved one there.
+has_checkpoint() {
+    for file in "$1"/checkpoint_*.pth; do [ -f "$file" ] && return 0; done
+    return 1
 }

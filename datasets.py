@@ -1,4 +1,4 @@
-"""Data sets, transforms, loaders, the proxy set. timm does the work; here it is made strict and repeatable."""
+"""Data sets, transforms, loaders, the proxy set: timm's, made strict and reproducible."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ from torch.utils.data.distributed import DistributedSampler
 
 from utils import UserError, first_line, mixed_seed, seed_everything, world
 
-FOLDER_NAMES = ("folder", "imagenet", "cifar10", "cifar100")  # all read <path>/train and <path>/val, a folder a class
+FOLDER_NAMES = (
+    "folder",
+    "imagenet",
+    "cifar10",
+    "cifar100",
+)  # <path>/train and <path>/val, a folder per class
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
 
 
 class Digits(Dataset):
-    """scikit-learn's handwritten digits: 1,797 real 8x8 images, split 1,437 / 360, the same each time."""
+    """scikit-learn's handwritten digits: 1,797 real 8x8 images in a fixed split of 1,437 and 360."""
 
     num_classes = 10
 
     def __init__(self, split: str):
-        from sklearn.datasets import load_digits  # only here: slow to import
-        from sklearn.model_selection import train_test_split
+        from sklearn.datasets import load_digits  # here, because scikit-learn is slow to import
+        from sklearn.model_selection import train_test_split  # here, because it is slow to import
 
         digits = load_digits()
         parts = train_test_split(digits.images, digits.target, test_size=360, stratify=digits.target, random_state=0)
@@ -45,10 +50,10 @@ class Digits(Dataset):
 
 
 class Images(Dataset):
-    """A data set whose images pass `transform`, and whose items can be asked for by (key, index).
+    """A data set that applies `transform`, and whose items can be indexed by (key, index) as well as by index.
 
-    With a key, the random transforms are seeded by it: an image is then the same whichever worker or run makes it.
-    An image that cannot be read is a UserError that names its file.
+    The key seeds the random transforms, so that an image does not depend on the worker or the run that loads it.
+    Raises UserError, naming the file, for an image that cannot be read.
     """
 
     def __init__(self, source: Dataset, num_classes: int, indices: Sequence[int] | None = None):
@@ -56,10 +61,10 @@ class Images(Dataset):
         self.num_classes = num_classes
         self.mode = "RGB"
         self.indices = range(len(source)) if indices is None else indices
-        self.transform: Any = None  # this and the mode are set by the loader
+        self.transform: Any = None  # set by the loader, like the mode
 
     def subset(self, indices: Sequence[int]) -> Images:
-        """Some of the images, with a transform of their own."""
+        """Some of the images, with their own transform."""
         return Images(self.source, self.num_classes, [self.indices[i] for i in indices])
 
     def __len__(self) -> int:
@@ -75,7 +80,7 @@ class Images(Dataset):
             image, target = self.source[index]
             image = image if isinstance(image, Image.Image) else Image.open(image)
             image = image.convert(self.mode)
-        except Exception as error:  # PIL and the readers raise many types for a file that is missing or damaged
+        except Exception as error:  # PIL and the readers raise many types for missing and damaged files
             raise UserError(f"cannot read image {self._name(index)}: {first_line(error)}") from error
         return (self.transform(image) if self.transform else image), target
 
@@ -107,11 +112,11 @@ def open_images(name: str, path: str | None, split: str) -> Images:
         )
     try:
         source = create_dataset(name, root=path, split=split)
-    except Exception as error:  # each reader has errors of its own, missing packages among them
+    except Exception as error:  # each reader raises errors of its own, also for missing packages
         raise UserError(f"--data-set {name}: timm cannot open it at {path}: {first_line(error)}") from error
     if isinstance(source, IterableDataset):
-        raise UserError(f"--data-set {name} is read as a stream; a data set with numbered images is needed")
-    # timm's own data set passes over an image that it cannot open: its reader does not, and we want to name it.
+        raise UserError(f"--data-set {name} is read as a stream; a data set with indexed images is needed")
+    # timm's data set skips images that it cannot open; its reader does not, so that they can be named.
     source = getattr(source, "reader", source)
     classes = getattr(source, "classes", None) or getattr(source, "class_to_idx", None)
     if classes is None:
@@ -140,6 +145,17 @@ def _check_class_folders(folder: Path) -> None:
             raise UserError(f"class folder {path} holds no image")
 
 
+def image_files(folder: Path) -> list[Path]:
+    """All image files below a folder, by their endings, sorted. Raises UserError where there is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder of images")
+    endings = tuple(get_img_extensions())
+    found = sorted(path for path in folder.rglob("*") if path.name.lower().endswith(endings) and path.is_file())
+    if not found:
+        raise UserError(f"{folder} holds no image")
+    return found
+
+
 def open_splits(name: str, path: str | None, with_val: bool = True) -> tuple[Images, Images | None]:
     """(train, val) of a data set; val is None without with_val. Raises UserError where their classes differ."""
     train = open_images(name, path, "train")
@@ -154,9 +170,9 @@ def open_splits(name: str, path: str | None, with_val: bool = True) -> tuple[Ima
 
 
 def preprocessing(model: torch.nn.Module, overrides: dict[str, Any]) -> dict[str, Any]:
-    """timm's data configuration of a model: input_size, interpolation, mean, std, crop_pct.
+    """timm's data configuration of a model: input_size, interpolation, mean, std, crop_pct, crop_mode.
 
-    The size is the one the model was made for; `overrides` holds what the user gave, None where nothing was.
+    The size is that of the model. overrides: values that the user gave, None where nothing was given.
     """
     size = (model.in_chans, *model.patch_embed.img_size)
     given = {key: value for key, value in overrides.items() if value is not None}
@@ -171,10 +187,10 @@ def preprocessing(model: torch.nn.Module, overrides: dict[str, Any]) -> dict[str
 
 
 class KeyedSampler:
-    """Yields (key, index): key is drawn from (seed, epoch, position over all ranks).
+    """Yields (key, index), the key derived from (seed, epoch, position over all ranks).
 
-    So what a position gives does not hang on the number of workers or ranks, nor on what was drawn before: an epoch
-    can be entered in its middle.
+    What a position yields therefore does not depend on the number of workers or ranks, nor on earlier draws, and an
+    epoch can be resumed in the middle.
     """
 
     def __init__(self, sampler: DistributedSampler | RepeatAugSampler, seed: int):
@@ -182,9 +198,9 @@ class KeyedSampler:
         self.epoch = self.start = 0
 
     def enter(self, epoch: int, start: int) -> None:
-        """The next pass is `epoch`, from its position `start` on."""
+        """Makes the next pass that of `epoch`, from position `start` on."""
         self.epoch, self.start = epoch, start
-        # timm's sampler knows no seed but the epoch, so that carries both.
+        # timm's sampler is seeded by the epoch alone, so this number carries the seed as well.
         self.sampler.set_epoch(mixed_seed(self.seed, epoch) % 2**31)
 
     def __len__(self) -> int:
@@ -198,7 +214,7 @@ class KeyedSampler:
 
 
 class TrainLoader:
-    """Training batches of this rank, by epoch: `batches(epoch, start_step)`."""
+    """The training batches of this rank: `batches(epoch, start_step)`."""
 
     def __init__(
         self,
@@ -211,23 +227,23 @@ class TrainLoader:
         seed: int,
         repeats: int = 0,
     ):
-        """batch_size: images a rank and step; repeats: how often repeated augmentation shows an image, 0 = off."""
+        """batch_size: images per rank and step; repeats: of an image in an epoch (repeated augmentation), 0 = off."""
         rank, ranks = world()
         if repeats:
             sampler = RepeatAugSampler(images, num_replicas=ranks, rank=rank, num_repeats=repeats)
         else:
             sampler = DistributedSampler(images, num_replicas=ranks, rank=rank)
         if batch_size > len(sampler):
-            raise UserError(f"--batch-size {batch_size} is more than the {len(sampler)} training images of a process")
+            raise UserError(f"--batch-size {batch_size} is more than the {len(sampler)} training images per process")
         self.sampler = KeyedSampler(sampler, seed)
         self.batch_size = batch_size
         self.loader = _loader(images, config, batch_size, workers, is_training=True, **augmentation)
-        # create_loader makes the sampler itself and knows none that can start in the middle of an epoch.
+        # create_loader makes its own sampler, which cannot start in the middle of an epoch.
         self.loader.batch_sampler.sampler = self.sampler
 
     @property
     def steps(self) -> int:
-        """Steps in a whole epoch."""
+        """Number of steps in a whole epoch."""
         return len(self.sampler.sampler) // self.batch_size
 
     def batches(self, epoch: int, start_step: int = 0) -> DataLoader:
@@ -239,7 +255,7 @@ class TrainLoader:
 def eval_loader(images: Images, config: dict[str, Any], *, batch_size: int, workers: int) -> DataLoader:
     """This rank's share of the images in order, under the evaluation transform.
 
-    Each image comes once over all ranks: unlike timm's sampler, none is repeated to make the shares equal.
+    Over all ranks each image comes once; timm's sampler would repeat some to make the shares equal.
     """
     rank, ranks = world()
     return _loader(images.subset(range(rank, len(images), ranks)), config, batch_size, workers, is_training=False)
@@ -249,7 +265,7 @@ def _loader(images: Images, config: dict[str, Any], batch_size: int, workers: in
     images.mode = "L" if config["input_size"][0] == 1 else "RGB"
     try:
         return _create_loader(images, config, batch_size, workers, **kwargs)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:  # what timm's transforms say of bad settings
+    except (AssertionError, KeyError, TypeError, ValueError) as error:  # what timm's transforms raise for bad settings
         raise UserError(f"timm cannot make the transforms: {type(error).__name__} {first_line(error)}") from error
 
 
@@ -264,14 +280,14 @@ def _create_loader(images: Images, config: dict[str, Any], batch_size: int, work
         crop_mode=config["crop_mode"],
         batch_size=batch_size,
         num_workers=workers,
-        use_prefetcher=False,  # it erases on the device, out of the reach of an image's own key
+        use_prefetcher=False,  # it would erase on the device, where the key of the image does not seed
         pin_memory=torch.cuda.is_available(),
         **kwargs,
     )
 
 
 def proxy_set(images: Images, samples: int, seed: int) -> Images:
-    """The proxy set: `samples` training images, drawn once from the seed. Raises UserError if there are too few."""
+    """The proxy set: `samples` training images, drawn from the seed. Raises UserError if there are too few."""
     if samples > len(images):
         raise UserError(f"--proxy-samples {samples} is more than the {len(images)} training images")
     generator = torch.Generator().manual_seed(mixed_seed(seed))

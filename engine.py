@@ -1,4 +1,4 @@
-"""The training loop and the evaluation loop: one of each, for every stage."""
+"""The training loop and the evaluation loop, shared by all stages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from datasets import TrainLoader
 from files import CheckpointFolder
 from logs import RunLog
+from piad.progressive import ProgressiveDropout
 from training import Progress, Training
 from utils import (
     Preempted,
@@ -40,29 +40,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Regime(Protocol):
-    """How sub-networks are chosen in training; piad.progressive.ProgressiveDropout is the paper's."""
-
-    def begin_epoch(self, epoch: int) -> None: ...
-
-    def choose(self, *, epoch: int, step: int, rank: int) -> int: ...
-
-    def step_scalars(self) -> dict[str, float]: ...
-
-    def epoch_scalars(self) -> dict[str, float]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def save(self, folder: Path) -> None: ...
-
-
 @dataclass
 class Run:
-    """A training run: its epochs from `progress` on, each one grow the table, train, evaluate, log, save.
+    """A training run: its epochs from `progress` on. Each epoch grows the mask table, trains, evaluates, logs, saves.
 
-    evaluate_epoch() gives what goes into the epoch's log line; its "top1" decides which epoch is the best.
-    checkpoint_steps: also save each time so many steps of an epoch are done, 0 = only at its end.
-    draw_widths() gives a picture for TensorBoard each time there was an evaluation.
+    evaluate_epoch() returns values for the log line of the epoch; its "top1" decides which epoch is the best.
+    regime: how the sub-network of each step is chosen; None trains the model as it is.
+    checkpoint_steps: also save every so many steps, 0 = only at the end of an epoch.
+    draw_widths() returns a picture for TensorBoard after each evaluation.
     """
 
     training: Training
@@ -72,13 +57,13 @@ class Run:
     scheduler: Scheduler
     progress: Progress
     evaluate_epoch: Callable[[], dict[str, float]]
-    regime: Regime | None = None
+    regime: ProgressiveDropout | None = None
     eval_every: int = 1
     checkpoint_steps: int = 0
     draw_widths: Callable[[], Figure] | None = None
 
     def fit(self, epochs: int) -> None:
-        """Runs up to `epochs`. Asked to stop by a signal, it saves and raises Preempted, which says how to go on."""
+        """Runs until `epochs` are done. On a stop signal it saves and raises Preempted, which says how to resume."""
         if self.progress.step > self.loader.steps:
             place = f"step {self.progress.step} of an epoch, which has {self.loader.steps} of this data"
             raise UserError(f"the checkpoint stands at {place}: give the data of its run")
@@ -87,7 +72,7 @@ class Run:
                 while self.progress.epoch < epochs:
                     self._run_epoch(last=self.progress.epoch + 1 == epochs)
             except Preempted as stop:
-                if self.progress.step or not self.files.epochs():  # else the last checkpoint is where the run stands
+                if self.progress.step or not self.files.epochs():  # otherwise the last checkpoint is up to date
                     self._save()
                 place = f"epoch {self.progress.epoch}, step {self.progress.step}"
                 raise Preempted(f"{stop} at {place}, saved; the same command with --resume auto goes on") from stop
@@ -137,11 +122,11 @@ class Run:
         stop_if_asked(collective=True)
 
     def _save(self, done: bool = False) -> None:
-        """Writes checkpoint_<epoch>.pth: of the epoch under way, or `done`, from which the next one starts."""
+        """Writes checkpoint_<epoch>.pth, in the middle of the epoch or, `done`, at its end."""
         epoch = self.progress.epoch
         if done:
             self.progress.epoch, self.progress.step, self.progress.losses = epoch + 1, 0, AverageMeter()
-        self.log.flush()  # what was logged before a checkpoint is not logged again after a resume from it
+        self.log.flush()  # a run that resumes from this checkpoint does not log again what came before it
         state = {**self.training.state_dict(), **self.progress.state_dict()}
         state |= self.regime.state_dict() if self.regime else {}
         self.files.save(epoch, state, self.progress.best_epoch)
@@ -149,8 +134,8 @@ class Run:
             self.regime.save(self.files.folder)
 
 
-def check_agreement(training: Training, regime: Regime | None) -> None:
-    """Raises UserError, naming the rank, unless all ranks hold the same weights and table."""
+def check_agreement(training: Training, regime: ProgressiveDropout | None) -> None:
+    """Raises UserError, naming a rank, unless all ranks hold the same weights and mask table."""
     if world()[1] == 1:
         return
     check_ranks_agree("the weights", checksum(unwrap_model(training.model).parameters()))
@@ -170,17 +155,17 @@ def train_one_epoch(
     choose: Callable[..., int] | None = None,
     after_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
-    """Trains on the batches (images (B, C, height, width), targets (B,)); `losses` takes this rank's losses.
+    """Trains on the batches (images (B, C, height, width), targets (B,)); this rank's losses are added to `losses`.
 
-    steps: in a whole epoch; start_step: the step of the first batch, in an epoch entered in its middle.
-    choose(epoch=, step=, rank=) sets the sub-network of the step and returns its op code; None trains the whole.
-    after_step(step, scalars) runs when a step is complete. Raises UserError where the loss is not finite.
+    steps: number of steps in the whole epoch; start_step: the step of the first batch, where an epoch is resumed.
+    choose(epoch=, step=, rank=) sets the sub-network of the step and returns its op code; None trains the whole model.
+    after_step(step, scalars) is called after each step. Raises UserError where the loss is not finite.
     """
     rank, _ = world()
     training.model.train()
     bar = progress_bar(batches, f"epoch {epoch}", total=steps, initial=start_step)
     for step, (images, targets) in enumerate(bar, start_step):
-        # Keyed by the step: what Mixup, dropout and drop path draw does not hang on how the run got here.
+        # Seeded by the step, so that Mixup, dropout and drop path draw the same in a resumed run.
         seed_everything(training.seed, epoch, step, rank)
         op_code = choose(epoch=epoch, step=step, rank=rank) if choose else 0
         images = images.to(training.device, non_blocking=True)
@@ -194,7 +179,7 @@ def train_one_epoch(
             lr = training.optimizer.param_groups[0]["lr"]
             raise UserError(
                 f"loss is {value} at epoch {epoch}, step {step}, op code {op_code}, learning rate {lr:.3g}: "
-                "training stops, the last checkpoint stands; try a lower --lr"
+                "training stops, the last checkpoint is kept; try a lower --lr"
             )
         _update(training, loss)
         losses.update(value, len(images))
@@ -227,7 +212,7 @@ def _update(training: Training, loss: Tensor) -> None:
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: torch.dtype | None = None
 ) -> dict[str, float]:
-    """{"top1", "top5" (percent), "loss"} over all ranks' batches."""
+    """top1 and top5 (percent) and loss (mean cross-entropy) over the batches of all ranks."""
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # correct at 1, at 5, loss, images
     for images, targets in batches:

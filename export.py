@@ -17,52 +17,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ParseKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from arguments import Parser, add_amp, add_data_set, add_size_arguments, count, positive
+from arguments import (
+    Parser,
+    add_amp,
+    add_data_set,
+    add_mask_table,
+    add_model,
+    add_preprocessing,
+    add_size_arguments,
+    count,
+    open_network,
+    positive,
+)
 from datasets import Images, eval_loader, open_images
 from engine import evaluate
 from files import check_output_dir, read_json, write_text
 from models.backbone import Backbone
-from models.extraction import extract
 from models.loading import fit_head
 from models.macs import CONVENTIONS
+from supernet import Network
 from supernet.budgets import asks_for_size, chosen_op_codes, latencies_of
-from supernet.folder import CONFIG, WEIGHTS
 from supernet.formats import FORMATS, NEEDS, write_formats
 from supernet.latency import Latencies
-from supernet.network import Network, load
+from supernet.saving import CODE, CONFIG, WEIGHTS
 from supernet.selection import count_sizes
 from utils import UserError, init_processes, progress_bar, run_program, say, seed_everything
 
-IMAGES = 16  # random ones, and real ones, that an export is checked on
+IMAGES = 16  # random images, and real ones, that an export is checked on
 
 
 def main() -> None:
-    """Opens the network, measures, writes and checks each size; all files are there at the end, or none."""
+    """Opens the network, then measures, writes and checks each size; in the end all files are there, or none."""
     args = parse_arguments()
     check_arguments(args)
     init_processes(args)
     seed_everything(args.seed)
-    network = load(
-        args.network,
-        name=args.model,
-        model_kwargs=args.model_kwargs,
-        use_ema=args.use_ema,
-        compensate=args.compensate,
-    )
+    network = open_network(args)
     images = open_images(args.data_set, args.data_path, "val") if args.data_set else None
     if "top1" in args.measure:
         fit_head(network.model, images.num_classes, remake=False)
     checks = check_images(network, images)
-    latencies = latencies_of(args, network.model, network.table, network.source)
+    latencies = latencies_of(args, network)
     op_codes = choose(args, network, latencies)
     rows = []
     with whole_folder(args.output) as folder:
         for code in progress_bar(op_codes, "sizes"):
-            small = extract(network.model, network.table.widths(code)).float().eval()
+            small = network.cut(code).float().eval()
             row = measure(args, network, small, code, images, latencies)
             place = folder / f"op_{code}" if len(op_codes) > 1 else folder
             rows.append(row | write_formats(args.format, network, small, row, place, folder, checks))
@@ -70,7 +73,7 @@ def main() -> None:
             "source": network.source.name,
             "model": network.name,
             "grade": network.grade,
-            "averaged_weights": args.use_ema,
+            "averaged_weights": network.averaged,
             "input": "images, float32 (batch, channels, height, width), prepared as preprocessing says",
             "output": "logits, float32 (batch, classes)",
             "preprocessing": network.preprocessing,
@@ -81,28 +84,21 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The flags, as they were typed."""
+    """The flags."""
     parser = Parser(
         prog="python -m export",
         description="Export sub-networks, each checked against the model it was made from.",
     )
     group = parser.add_argument_group("what to export")
     group.add_argument(
-        "network",
+        "checkpoint",
         type=Path,
-        metavar="SUPER_OR_SUB",
-        help="a super-network's folder or weights, or a sub-network's folder",
+        metavar="NETWORK",
+        help="folder or weights of a super-network, or the folder of a sub-network",
     )
-    group.add_argument("--model", metavar="NAME", help="timm's name, for weights that do not say it")
-    group.add_argument(
-        "--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE", help="with --model"
-    )
-    group.add_argument("--eval-ema", action="store_true", dest="use_ema", help="the averaged weights")
-    group.add_argument(
-        "--compensate",
-        action=argparse.BooleanOptionalAction,
-        help="sub-networks make up for what they lost (default: where compensation.safetensors is)",
-    )
+    add_model(group)
+    add_mask_table(group)
+    add_preprocessing(group)
     add_size_arguments(parser)
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -110,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
         type=positive,
         dest="frontier",
         metavar="N",
-        help="N sizes, evenly spaced in MACs, beside those of the other flags",
+        help="N sizes evenly spaced in MACs, besides those of the other flags",
     )
     group.add_argument(
         "--format",
@@ -119,11 +115,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FORMAT",
         help=f"one or more of {', '.join(FORMATS)} (default: folder)",
     )
-    group.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the files go")
+    group.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     group.add_argument(
         "--force",
         action="store_true",
-        help="replace what an earlier export wrote in --output, and files of the same names",
+        help="replace what an earlier export wrote to --output, and files of the same names",
     )
     group = parser.add_argument_group("checks and measurements")
     add_data_set(group, default=None)
@@ -135,7 +131,11 @@ def parse_arguments() -> argparse.Namespace:
         help="for index.json: latency as --latency measures it, top-1 on val/ of --data-set (default: what is known)",
     )
     group.add_argument(
-        "--batch-size", type=positive, default=1, metavar="N", help="images, for latency (default: %(default)s)"
+        "--batch-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="images per batch, for latency (default: %(default)s)",
     )
     add_amp(group)
     group.add_argument("--device", default="auto", help="for measurements: cpu, cuda, cuda:1, or auto")
@@ -144,16 +144,16 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def choose(args: argparse.Namespace, network: Network, latencies: Latencies) -> list[int]:
-    """The op codes that the flags ask for; a sub-network has but one. Raises UserError where none is asked for."""
+    """The op codes that the flags ask for; a sub-network has one. Raises UserError where no size is asked for."""
     if asks_for_size(args) or args.frontier:
-        return chosen_op_codes(args, network.model, network.table, latencies)
+        return chosen_op_codes(args, network, latencies)
     if len(network.table) > 1:
-        raise UserError(f"{args.network} has {len(network.table)} sizes: give --macs, another budget, or --all 12")
+        raise UserError(f"{args.checkpoint} has {len(network.table)} sizes: give --macs, another budget, or --all 12")
     return [0]
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError, before any work is done, for what cannot be exported so."""
+    """Raises UserError, before any work is done, for flags that do not go together."""
     for name in args.format:
         if name not in FORMATS:
             raise UserError(f"--format {name} is not known: {', '.join(FORMATS)}")
@@ -162,8 +162,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--format {name} needs {', '.join(missing)}: python -m pip install -r requirements-export.txt"
             )
-    if args.model_kwargs and not args.model:
-        raise UserError("--model-kwargs goes with --model: without it the weights say of which model they are")
     if "top1" in args.measure and not args.data_set:
         raise UserError("--measure top1 needs --data-set")
     check_output_dir(args.output, "--output")
@@ -173,9 +171,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `folder`; at the end its files are moved there, index.json last.
+    """Yields a temporary folder beside `folder`; at the end its files are moved there, index.json last.
 
-    What an earlier export left there, by its index.json, is removed first. Raises UserError where that cannot be done.
+    Files of an earlier export, as its index.json lists them, are removed first. Raises UserError where that fails.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +196,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def _remove_exported(folder: Path) -> None:
-    """The files that the folder's index.json names, and the folders that are empty then."""
+    """Removes the files that the index.json of the folder names, and the folders that are empty then."""
     index = folder / "index.json"
     listed = read_json(index) if index.is_file() else {}
     sizes = listed.get("sizes") if isinstance(listed, dict) else None
@@ -208,7 +206,11 @@ def _remove_exported(folder: Path) -> None:
             path = (folder / str(name)).resolve()
             if not path.is_relative_to(folder.resolve()):
                 continue
-            parts = [path / WEIGHTS, path / CONFIG] if path.is_dir() else [path, path.with_name(path.name + ".data")]
+            parts = (
+                [path / WEIGHTS, path / CONFIG, path / CODE]
+                if path.is_dir()
+                else [path, path.with_name(path.name + ".data")]
+            )
             for part in parts:
                 part.unlink(missing_ok=True)
             for place in {path if path.is_dir() else path.parent} - {folder.resolve()}:
@@ -229,7 +231,7 @@ def measure(
     images: Images | None,
     latencies: Latencies,
 ) -> dict[str, Any]:
-    """The size's op code, MACs, params, memory (bytes); latency and top1 where they are asked for or known."""
+    """Op code, MACs, params and memory (bytes) of a size; latency and top1 where they are asked for or known."""
     linear, full = (count_sizes(small, convention=convention) for convention in CONVENTIONS)
     row: dict[str, Any] = {"op_code": code, **linear, "macs": {"linear": linear["macs"], "full": full["macs"]}}
     seconds = latencies.of(code) if "latency" in args.measure else latencies.seconds.get(code)
@@ -251,7 +253,7 @@ def loader(network: Network, images: Images, batch_size: int) -> DataLoader:
 
 
 def check_images(network: Network, images: Images | None) -> dict[str, Tensor]:
-    """What exports are checked on, by what it is: random images, and some of the data set if there is one."""
+    """The images that exports are checked on: random ones, and some of the data set if there is one."""
     found = {"random images": torch.randn(IMAGES, *network.preprocessing["input_size"])}
     if images is not None:
         some = images.subset(range(min(IMAGES, len(images))))

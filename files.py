@@ -1,4 +1,4 @@
-"""What is written and read: files that are whole or absent, checkpoints that are plain data."""
+"""Reading and writing files: each is complete or not there at all, and checkpoints are plain data."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pprint import pformat
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from utils import UserError, first_line, is_main_process, say
 
@@ -26,7 +27,7 @@ MAX_JSON_BYTES = 4 * 2**20  # the table of a ViT-g with all its op codes takes a
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; at the end it is synced and renamed, so `path` is whole or absent."""
+    """Yields a temporary path, synced and renamed to `path` at the end: `path` is complete or as it was before."""
     path = Path(path)
     temporary: Path | None = None
     try:
@@ -48,7 +49,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder durable."""
+    """Makes renames in the folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -57,7 +58,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small text file: whole or absent."""
+    """Writes a small text file; see atomic_file()."""
     with atomic_file(path) as temporary:
         temporary.write_text(text)
 
@@ -68,29 +69,29 @@ def read_json(path: Path) -> Any:
         size = Path(path).stat().st_size
         if size > MAX_JSON_BYTES:
             raise UserError(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that any such file needs")
-        return json.loads(Path(path).read_text(), object_pairs_hook=_without_doubles)
+        return json.loads(Path(path).read_text(), object_pairs_hook=_no_duplicates)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         double, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{shown(repr(double))} stands twice in one object")
+        raise ValueError(f"{shown(repr(double))} appears twice in one object")
     return found
 
 
 def shown(value: Any) -> str:
-    """A value of a file as a short piece of a message of one line."""
+    """A value as part of a one-line message: on one line, at most 80 characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def check_output_dir(folder: Path, flag: str = "--output-dir") -> None:
-    """Raises UserError, before any work is done, where the folder could not be made or written to. Makes nothing."""
+    """Raises UserError, before any work is done, where the folder cannot be created or written to. Creates nothing."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"{flag} {folder}: {existing} is a file")
@@ -103,11 +104,11 @@ def check_output_dir(folder: Path, flag: str = "--output-dir") -> None:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes a .pth that `torch.load(weights_only=True)` reads; whole or absent."""
+    """Writes a .pth that `torch.load(weights_only=True)` reads; see atomic_file()."""
     with atomic_file(path) as temporary:
         try:
             torch.save(state, temporary)
-        except RuntimeError as error:  # torch's zip writer reports a full disk so
+        except RuntimeError as error:  # what torch's zip writer raises for a full disk
             raise UserError(f"cannot write {path}: the disk may be full ({first_line(error)})") from error
 
 
@@ -124,8 +125,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} does not exist")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         _check_packing(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -146,15 +145,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _check_packing(path: Path) -> None:
-    """Raises UserError for a .pth that is not as it was written, or that would take more memory than its own size."""
+    """Raises UserError for a .pth that is damaged, or that would unpack to far more memory than its own size."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        # torch takes these two for plain data, but a few bytes can have them make as much as they like.
+        # torch allows these two calls, but with them a few bytes can allocate any amount of memory.
         swells = any(content.find(call) >= 0 for call in (b"\nbytearray\n", b"_codecs\nencode\n"))
         damaged = None
-        if content[:4] == b"PK\x03\x04":  # else it is of the kind that torch wrote before 1.6
+        if content[:4] == b"PK\x03\x04":  # otherwise it is in the format of torch before 1.6
             with zipfile.ZipFile(file) as records:
                 swells |= any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist())
-                damaged = None if swells else records.testzip()  # torch does not look at the checksums
+                damaged = None if swells else records.testzip()  # torch does not check the checksums
     if swells:
         raise UserError(f"checkpoint {path} unpacks to more than its size; refused, torch.save() does not write so")
     if damaged:
@@ -162,7 +161,7 @@ def _check_packing(path: Path) -> None:
 
 
 def _check_tensors(state: dict[str, Any], path: Path) -> None:
-    """Raises UserError for a tensor of more numbers than the file holds for it, wherever it stands in the state."""
+    """Raises UserError for a tensor, anywhere in the state, with more elements than the file stores for it."""
     left: list[tuple[str, Any]] = [("", state)]
     seen: set[int] = set()
     while left:
@@ -170,7 +169,7 @@ def _check_tensors(state: dict[str, Any], path: Path) -> None:
         if isinstance(value, torch.Tensor):
             plain = value.layout == torch.strided and value.device.type == "cpu"
             if not plain or value.nbytes > value.untyped_storage().nbytes():
-                raise UserError(f"checkpoint {path}: {name!r} is not a plain tensor with all its numbers")
+                raise UserError(f"checkpoint {path}: {name!r} is not a plain tensor with all its elements")
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
             items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -189,10 +188,10 @@ def weights_of(state: dict[str, Any], path: Path, use_ema: bool = False) -> dict
 
 
 class CheckpointFolder:
-    """checkpoint_<epoch>.pth of a run: the last two and the best are kept, and every `keep_every` epochs.
+    """checkpoint_<epoch>.pth of a run: the last two, the best and one in every `keep_every` epochs are kept.
 
-    settings: what makes the run what it is (plain values). Each checkpoint holds them, and a run with others does not
-    go on from it.
+    settings: what decides the result of the run (plain values). Each checkpoint holds them, and a run with other
+    settings does not resume from it.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], keep_every: int = 0):
@@ -203,9 +202,9 @@ class CheckpointFolder:
         if not is_main_process():
             return
         save_checkpoint(self.folder / f"checkpoint_{epoch}.pth", {**state, "settings": self.settings})
-        for left_over in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+        for left_over in self.folder.glob(".*.tmp"):  # of a run that was killed while writing
             left_over.unlink(missing_ok=True)
-        # Later epochs in the folder are of another run: they do not count.
+        # Later epochs in the folder are of another run.
         for old in [e for e in self.epochs() if e <= epoch][:-2]:
             if old != best_epoch and not (self.keep_every and (old + 1) % self.keep_every == 0):
                 (self.folder / f"checkpoint_{old}.pth").unlink()
@@ -216,7 +215,7 @@ class CheckpointFolder:
         return sorted(int(name[1]) for name in names if name)
 
     def to_resume(self, resume: str | None) -> dict[str, Any] | None:
-        """The state to go on from: None = a fresh start, "auto" = the newest whole checkpoint if any, else a file.
+        """The state to resume from. None: a fresh start; "auto": the newest undamaged checkpoint, if any; else a file.
 
         Raises UserError for a checkpoint of a run with other settings.
         """
@@ -231,7 +230,7 @@ class CheckpointFolder:
             except UserError as error:
                 if resume != "auto":
                     raise
-                say(f"passing over {path.name}: {error}")
+                say(f"skipping {path.name}: {error}")
                 continue
             self._check_settings(path, state["settings"])
             say(f"resuming from {path}: epoch {state['epoch']}, step {state['step']}")
@@ -241,7 +240,7 @@ class CheckpointFolder:
 
     def _check_settings(self, path: Path, theirs: dict[str, Any]) -> None:
         for key, value in self.settings.items():
-            # As text: it tells 1 from True, and a tensor is compared with nothing.
+            # Compared as text, which tells 1 from True and works for tensors, too.
             if pformat(theirs.get(key)) != pformat(value):
                 raise UserError(
                     f"{path} is of a run with {key} {shown(theirs.get(key))}, this one has {value}: "
@@ -249,46 +248,12 @@ class CheckpointFolder:
                 )
 
 
-class RunState(dict):
-    """A run's checkpoint. What it lacks is a UserError for whoever asks for it."""
-
-    def __missing__(self, key: str) -> Any:
-        raise UserError(f"the checkpoint holds no training run to resume: it has no {key}")
-
-
-def _run_state(path: Path) -> RunState:
-    """A checkpoint that a run can go on from."""
+def _run_state(path: Path) -> dict[str, Any]:
+    """A checkpoint that a run can resume from."""
     state = load_checkpoint(path)
     for key, kind in {"model": dict, "optimizer": dict, "epoch": int, "step": int, "settings": dict}.items():
         if key not in state:
             raise UserError(f"checkpoint {path} holds no training run to resume: it has no {key}")
         if not isinstance(state[key], kind):
             raise UserError(f"checkpoint {path}: {key} is of type {type(state[key]).__name__}, not {kind.__name__}")
-    return RunState(state)
-
-
-def check_like(found: Any, expected: Any, name: str = "") -> None:
-    """Raises UserError, naming the place, unless `found` is made as `expected` is: keys, lengths, types, shapes.
-
-    The numbers may be others. Where one that need not be whole is expected, a whole one will do.
-    """
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for key in [*expected, *found]:
-            place = f"{name}.{key}" if name else str(key)
-            if (key in expected) != (key in found):
-                raise _unlike(place, "is missing" if key in expected else "is unknown")
-            check_like(found[key], expected[key], place)
-    elif isinstance(expected, list | tuple) and isinstance(found, list | tuple):
-        if len(found) != len(expected):
-            raise _unlike(name, f"has {len(found)} entries, not {len(expected)}")
-        for index, pair in enumerate(zip(found, expected, strict=True)):
-            check_like(*pair, f"{name}.{index}")
-    elif isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
-        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
-            raise _unlike(name, f"is {found.dtype} {tuple(found.shape)}, not {expected.dtype} {tuple(expected.shape)}")
-    elif type(found) is not type(expected) and (type(found), type(expected)) != (int, float):
-        raise _unlike(name, f"is of type {type(found).__name__}, not {type(expected).__name__}")
-
-
-def _unlike(name: str, how: str) -> UserError:
-    return UserError(f"the checkpoint is of another run: {name!r} {how}")
+    return state

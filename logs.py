@@ -22,18 +22,18 @@ def _quiet_about_files(problem: threading.ExceptHookArgs) -> None:
 
 
 class TensorBoard:
-    """Scalars and pictures in folder/tensorboard, on the main process; nothing elsewhere.
+    """Writes scalars and pictures to folder/tensorboard, on the main process only.
 
-    What is there of steps from `start_step` on is dropped first.
+    Events there from `start_step` on are dropped first.
     """
 
     def __init__(self, folder: Path, start_step: int = 0):
         self.writer: SummaryWriter | None = None
         if not is_main_process():
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed for --help or --eval
+        from torch.utils.tensorboard import SummaryWriter  # here, because it is slow to import
 
-        # Its thread prints a traceback where it cannot write; the error comes up again in ours, as one line.
+        # Its thread would print a traceback if it cannot write; our thread meets the same error and shows one line.
         threading.excepthook = _quiet_about_files
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=start_step)
 
@@ -42,7 +42,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
 
     def machine(self, images_per_second: float, peak_memory: int, step: int) -> None:
-        """Speed, and memory in bytes: what hangs on the machine, and is another each time a run is repeated.
+        """Logs speed, and memory in bytes, under machine/: they differ each time that a run is repeated.
 
         The speed is 0 for an epoch that was resumed after its last step.
         """
@@ -63,22 +63,22 @@ class TensorBoard:
 
 
 class RunLog(TensorBoard):
-    """log.txt (one JSON line an epoch) and TensorBoard, on the main process; nothing elsewhere.
+    """Writes log.txt (one JSON line per epoch) and TensorBoard, on the main process only.
 
-    Lines of epochs from `start_epoch` on, and events from `start_step` on, are dropped first: a resumed run writes
-    them anew.
+    Lines from `start_epoch` on and events from `start_step` on are dropped first, since a resumed run writes them
+    again.
     """
 
     def __init__(self, folder: Path, start_epoch: int, start_step: int):
         self.path = folder / "log.txt"
         if is_main_process():
-            # One line an epoch from epoch 0 on, so what comes after is of epochs done again, or was cut short.
+            # One line per epoch from epoch 0 on; what follows is of epochs that are run again, or incomplete.
             lines = self.path.read_text().splitlines(keepends=True) if start_epoch and self.path.exists() else []
             write_text(self.path, "".join(lines[:start_epoch]))
         super().__init__(folder, start_step)
 
     def epoch(self, values: dict[str, Any], step: int) -> None:
-        """Appends the epoch's values to log.txt as a JSON line and to TensorBoard; prints those of evaluations."""
+        """Appends the values of an epoch to log.txt and TensorBoard, and prints them if there was an evaluation."""
         if "top1" in values:
             say(" ".join(f"{key} {value:.5g}" for key, value in values.items()))
         if self.writer is None:

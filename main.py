@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,24 +18,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from arguments import data_overrides
-from datasets import TrainLoader, eval_loader, open_splits, preprocessing, proxy_set
+from arguments import open_network
+from datasets import TrainLoader, eval_loader, open_splits, proxy_set
 from engine import Run, evaluate
 from files import CheckpointFolder, check_output_dir
 from logs import RunLog
 from main_arguments import parse_main_arguments
-from models.backbone import Backbone
+from models.backbone import Backbone, full_widths
 from models.elastic import make_elastic, set_widths
-from models.extraction import extract
-from models.loading import fit_head, load_backbone
+from models.loading import fit_head
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
 from piad.regimes import REGIMES
 from report.frontier import evaluate_command
+from supernet import Network
+from supernet.amounts import format_amount
 from supernet.budgets import asks_for_size, chosen_op_codes
-from supernet.folder import save_subnetwork
-from supernet.opening import load_super_network
-from supernet.selection import format_amount
+from supernet.facts import stamp_of_run
+from supernet.selection import largest_within
 from training import BothHeads, Progress, Training
 from utils import (
     Interruptible,
@@ -48,15 +48,16 @@ from utils import (
     seed_everything,
     world,
 )
-from wpac.compensation import compensate_from
 from wpac.refit import refit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Flags that do not change what a run computes, and those that the description of the network replaces.
 NOT_SETTINGS = {
     *("output_dir", "resume", "checkpoint_steps", "keep_every", "eval_every", "eval", "frontier", "baseline"),
     *("device", "workers", "rank", "local_rank", "world_size", "distributed", "data_path"),
+    *("mean", "std", "interpolation", "crop_pct"),
 }
 # Sizes that PIAD is evaluated at besides the whole network and the smallest, once the table reaches them.
 FIXED_SHARES = {"half": 0.5, "quarter": 0.25}
@@ -74,20 +75,21 @@ def main() -> None:
 
 
 def train_command(args: argparse.Namespace, device: torch.device) -> None:
-    """Builds what the stage needs and runs its epochs; with --resume it goes on where the checkpoint stands."""
+    """Builds what the stage needs and runs its epochs; with --resume it continues from the checkpoint."""
     train_images, val_images = open_splits(args.data_set, args.data_path)
-    start = start_model(args, train_images.num_classes)
-    model = start.model.to(device)
-    config = preprocessing(model, data_overrides(args))
+    whole = open_start(args, train_images.num_classes)
+    config = whole.preprocessing
     loading = {"batch_size": args.batch_size, "workers": args.workers}
     proxy = Interruptible(eval_loader(proxy_set(train_images, args.proxy_samples, args.seed), config, **loading))
     loader = TrainLoader(train_images, config, augmentation(args), seed=args.seed, repeats=args.repeated_aug, **loading)
     val = Interruptible(eval_loader(val_images, config, **loading))
-    files = CheckpointFolder(args.output_dir, settings_of(args), args.keep_every)
+    network = trained_network(args, whole, train_images.num_classes)
+    model = network.model.to(device)
+    settings = settings_of(args, network)
+    files = CheckpointFolder(args.output_dir, settings, args.keep_every)
     state = files.to_resume(args.resume)
     if args.refit and args.stage == "finetune" and state is None:
-        refit(start.whole, model, (images for images, _ in proxy))
-        start.grade = "refitted"
+        refit(whole.model, model, (images for images, _ in proxy))
     training = start_training(args, model, train_images.num_classes, device)
     piad = None
     if args.stage == "piad":
@@ -95,6 +97,7 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
         piad = REGIMES[args.regime](
             model, proxy, ratio=args.dropout_ratio, epochs=args.progressive_epochs, seed=args.seed, table=table
         )
+        piad.table.meta["stamp"] = settings["stamp"]
     scheduler, _ = create_scheduler_v2(
         training.optimizer,
         num_epochs=args.epochs,
@@ -123,46 +126,39 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
         draw_widths=partial(widths_picture, piad) if piad else None,
     ).fit(args.epochs)
     if args.stage == "finetune":
-        accuracy = evaluate(model, val, device)
-        facts = {"op_code": start.op_code, "accuracy": accuracy, "data_set": args.data_set}
-        finish_finetune(args, model, config, facts | {"grade": f"{start.grade}, then fine-tuned"})
+        finish_finetune(args, network, evaluate(model, val, device))
 
 
-@dataclass
-class Start:
-    """The model that a stage trains, on the CPU; for finetune also the whole one it was cut from, and how."""
-
-    model: Backbone
-    op_code: int = 0
-    whole: Backbone | None = None
-    grade: str = "cut"
+def open_start(args: argparse.Namespace, num_classes: int) -> Network:
+    """The network that the stage starts from, on the CPU."""
+    if args.stage != "pretrain" and args.checkpoint is None:
+        needed = "contracted weights, as reparam.py writes them" if args.stage == "piad" else "a super-network"
+        raise UserError(f"--checkpoint is missing: {args.stage} starts from {needed}")
+    return open_network(args, num_classes, plain_weights=args.stage != "finetune", drop_path=args.drop_path)
 
 
-def start_model(args: argparse.Namespace, num_classes: int) -> Start:
-    """Loads the stage's weights, and cuts the sub-network that finetune trains."""
-    model_kwargs = {**args.model_kwargs, "drop_path_rate": args.drop_path}
-    weights = {"checkpoint": args.checkpoint, "num_classes": num_classes, "use_ema": args.use_ema}
-    if args.stage == "finetune":
-        model, table = load_super_network(args.model, model_kwargs, mask_table=args.mask_table, **weights)
-        grade = compensate_from(args.checkpoint, model, args.compensate)
-        op_codes = chosen_op_codes(args, model, table)
-        if len(op_codes) != 1 or not asks_for_size(args):
-            raise UserError(
-                "finetune trains one size: give --op-code, or one value of --macs-ratio, --macs, --params, --memory, "
-                "--latency, --throughput, or of several of them"
-            )
-        small = extract(model, table.widths(op_codes[0]))
-        fit_head(small, num_classes, remake=True)
-        return Start(small, op_codes[0], model, grade)
-    if args.stage == "piad" and args.checkpoint is None:
-        raise UserError("--checkpoint is missing: piad starts from contracted weights, as reparam.py writes them")
-    model = load_backbone(args.model, model_kwargs, pretrained=args.pretrained, **weights)
-    fit_head(model, num_classes, remake=args.stage == "pretrain")
-    return Start(make_elastic(model) if args.stage == "piad" else model)
+def trained_network(args: argparse.Namespace, whole: Network, num_classes: int) -> Network:
+    """What the stage trains: the network itself, made elastic for piad, or the sub-network that finetune cuts."""
+    if args.stage != "finetune":
+        fit_head(whole.model, num_classes, remake=args.stage == "pretrain")
+        if args.stage == "piad":
+            if whole.is_subnetwork:
+                raise UserError(f"{args.checkpoint} is a sub-network: piad starts from contracted weights")
+            make_elastic(whole.model)
+        return replace(whole, method="piad" if args.stage == "piad" else None, averaged=False)
+    op_codes = chosen_op_codes(args, whole)
+    if len(op_codes) != 1 or not (asks_for_size(args) or whole.is_subnetwork):
+        raise UserError(
+            "finetune trains one size: give --op-code, or one value of --macs-ratio, --macs, --params, --memory, "
+            "--latency, --throughput, or of several of them"
+        )
+    small = whole.subnetwork(op_codes[0], grade="refitted" if args.refit else whole.grade)
+    fit_head(small.model, num_classes, remake=True)
+    return small
 
 
 def start_training(args: argparse.Namespace, model: Backbone, num_classes: int, device: torch.device) -> Training:
-    """Optimizer, loss, Mixup, averaged weights and scaler, as the flags say."""
+    """Optimizer, loss, Mixup, averaged weights and gradient scaler, as the flags say."""
     _, processes = world()
     lr = args.lr * args.batch_size * processes / 512
     try:
@@ -187,21 +183,27 @@ def start_training(args: argparse.Namespace, model: Backbone, num_classes: int, 
         loss_fn,
         device,
         args.seed,
-        amp=getattr(torch, args.amp) if args.amp else None,
-        scaler=torch.amp.GradScaler(device.type) if args.amp == "float16" else None,
+        amp=args.amp,
+        scaler=torch.amp.GradScaler(device.type) if args.amp == torch.float16 else None,
         ema=ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay else None,
         mixup=mixup,
         clip_grad=args.clip_grad,
     )
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that decide what a run computes, as plain values; not where it runs, saves or how often it reports."""
-    return {
-        key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+def settings_of(args: argparse.Namespace, network: Network) -> dict[str, Any]:
+    """What decides the result of a run, as plain values, with the description of the network that is trained."""
+    settings = {
+        key: str(value) if isinstance(value, Path | torch.dtype) else list(value) if isinstance(value, tuple) else value
         for key, value in vars(args).items()
         if key not in NOT_SETTINGS
     }
+    settings |= network.describe()
+    if network.is_subnetwork:
+        settings |= {"widths": full_widths(network.model), "grade": network.grade, **network.facts}
+    if args.stage == "piad":
+        settings["stamp"] = stamp_of_run(network.model.parameters(), settings)
+    return settings
 
 
 def augmentation(args: argparse.Namespace) -> dict[str, Any]:
@@ -220,7 +222,7 @@ def augmentation(args: argparse.Namespace) -> dict[str, Any]:
 def evaluate_piad(
     piad: ProgressiveDropout, val: DataLoader, device: torch.device, amp: torch.dtype | None
 ) -> dict[str, float]:
-    """An epoch's accuracy of the whole super-network, of half and a quarter of its MACs, and of its smallest network.
+    """The accuracy after an epoch: of the whole super-network, of half and a quarter of its MACs, and of the smallest.
 
     top1 is the mean of the whole and the smallest.
     """
@@ -228,7 +230,7 @@ def evaluate_piad(
     sizes = {"full": 0, "smallest": -1}
     for name, share in FIXED_SHARES.items():
         if piad.macs_share(-1) <= share:  # the table reaches so far by now
-            sizes[name] = piad.table.select(piad.model, max_macs=share * piad.network_macs)
+            sizes[name] = largest_within(piad.model, piad.table, {"macs": share * piad.network_macs})
     for name, op_code in sizes.items():
         set_widths(piad.model, piad.table.widths(op_code))
         results = evaluate(piad.model, val, device, amp)
@@ -238,21 +240,21 @@ def evaluate_piad(
 
 def widths_picture(piad: ProgressiveDropout) -> Figure:
     """The widths of all sizes so far."""
-    from report.plots import draw_widths  # only here: matplotlib is slow to import
+    from report.plots import draw_widths  # here, because matplotlib is slow to import
 
     return draw_widths(piad.table.rows, piad.table.widths(0), list(map(str, range(len(piad.table)))), "op code")
 
 
-def finish_finetune(args: argparse.Namespace, model: Backbone, config: dict, facts: dict[str, Any]) -> None:
+def finish_finetune(args: argparse.Namespace, network: Network, accuracy: dict[str, float]) -> None:
     """Writes the trained sub-network as a folder."""
     if not is_main_process():
         return
-    saved = save_subnetwork(
-        args.output_dir, model, name=args.model, model_kwargs=args.model_kwargs, preprocessing=config, **facts
-    )
+    facts = {"grade": f"{network.grade}, then fine-tuned", "accuracy": accuracy, "data_set": args.data_set}
+    saved = network.save(args.output_dir, network.model, **facts)
     say(
-        f"written: {args.output_dir}/model.safetensors and config.json: {format_amount(saved['macs']['linear'])} MACs, "
-        f"{format_amount(saved['params'])} parameters, top-1 {facts['accuracy']['top1']:.2f} %"
+        f"written: {args.output_dir}/model.safetensors, config.json and model.py: "
+        f"{format_amount(saved['macs']['linear'])} MACs, {format_amount(saved['params'])} parameters, "
+        f"top-1 {accuracy['top1']:.2f} %"
     )
 
 

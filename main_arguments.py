@@ -10,6 +10,7 @@ from arguments import (
     add_amp,
     add_common_arguments,
     add_dropout_ratio,
+    add_mask_table,
     add_size_arguments,
     count,
     data_overrides,
@@ -38,7 +39,7 @@ def parse_main_arguments() -> argparse.Namespace:
         choices=RECIPES,
         default="piad",
         help="pretrain: a plain model; piad: a super-network from contracted weights; finetune: one "
-        "extracted sub-network (default: %(default)s)",
+        "sub-network (default: %(default)s)",
     )
     group.add_argument("--eval", action="store_true", help="evaluate sub-networks instead of training")
     add_common_arguments(parser)
@@ -47,7 +48,7 @@ def parse_main_arguments() -> argparse.Namespace:
     _add_optimization_arguments(parser)
     _add_augmentation_arguments(parser)
     _add_checkpoint_arguments(parser)
-    # The stage first, alone: --help, too, shows that stage's defaults.
+    # The stage is parsed first, on its own, so that --help shows the defaults of that stage.
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--stage", default="piad")
     parser.set_defaults(**RECIPES.get(first.parse_known_args()[0].stage, {}))
@@ -56,45 +57,38 @@ def parse_main_arguments() -> argparse.Namespace:
 
 def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("super-network")
-    group.add_argument("--mask-table", type=Path, metavar="FILE", help="mask_table.json of the super-network")
-    group.add_argument("--sub-network", type=Path, metavar="DIR", help="with --eval: a folder written by finetune")
+    add_mask_table(group)
     group.add_argument(
         "--baseline",
         type=Path,
         metavar="FILE",
-        help="with --eval: weights to cut to the same widths, shown beside the super-network's",
+        help="with --eval: other weights of the same model, cut to the same widths and evaluated for comparison",
     )
     group.add_argument(
-        "--frontier", type=positive, metavar="N", help="N sizes, evenly spaced in MACs, beside those of the other flags"
-    )
-    group.add_argument(
-        "--compensate",
-        action=argparse.BooleanOptionalAction,
-        help="sub-networks make up for what they lost; needs compensation.safetensors beside --checkpoint (default: "
-        "where it is)",
+        "--frontier", type=positive, metavar="N", help="N sizes evenly spaced in MACs, besides those of the other flags"
     )
     group.add_argument(
         "--refit",
         action="store_true",
-        help="solve the linear layers of a sub-network anew on --proxy-samples training images, without labels",
+        help="solve the linear layers of each sub-network anew on --proxy-samples training images, without labels",
     )
     group.add_argument(
-        "--write-sub-networks", action="store_true", help="with --eval: also write each size as a folder op_<code>/"
+        "--write-sub-networks", action="store_true", help="with --eval: also write each size as a folder, op_<code>/"
     )
     add_dropout_ratio(group)
     group.add_argument(
         "--regime",
         choices=REGIMES,
         default="piad",
-        help="what a step trains: piad, or what it is compared with: the whole network, or one that lacks units or "
-        "modules drawn by chance, on average as many as with piad (default: %(default)s)",
+        help="what a step trains: a sub-network of the mask table (piad), or, for comparison, the whole network (none) "
+        "or one without randomly drawn units or modules, on average as many as with piad (default: %(default)s)",
     )
     group.add_argument(
         "--progressive-epochs",
         type=positive,
         default=50,
         metavar="N",
-        help="epochs over which the dropout list grows, P_e (default: %(default)s)",
+        help="number of epochs over which the dropout list grows, P_e (default: %(default)s)",
     )
 
 
@@ -106,13 +100,13 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         "--lr",
         type=decimal,
         metavar="X",
-        help="learning rate for 512 images a step; scaled linearly (default: %(default)s)",
+        help="learning rate for 512 images per step; scaled linearly with the images per step (default: %(default)s)",
     )
     group.add_argument(
         "--min-lr",
         type=decimal,
         metavar="X",
-        help="learning rate at the end of the cosine, as it is (default: %(default)s)",
+        help="learning rate at the end of the cosine schedule, not scaled (default: %(default)s)",
     )
     group.add_argument(
         "--warmup-epochs", type=count, metavar="N", help="epochs of linear warm-up from 1e-6 (default: %(default)s)"
@@ -166,44 +160,43 @@ def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=3,
         metavar="N",
-        help="how often an epoch repeats an image, augmented anew, 0 = off (default: %(default)s)",
+        help="repeated augmentation: how often an image comes in an epoch, 0 = off (default: %(default)s)",
     )
 
 
 def _add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoints and logs")
     group.add_argument(
-        "--resume", metavar="FILE", help="go on from a checkpoint of this run; auto: the newest in --output-dir, if any"
+        "--resume", metavar="FILE", help="a checkpoint of this run to resume; auto: the newest in --output-dir, if any"
     )
     group.add_argument(
         "--checkpoint-steps",
         type=count,
         default=0,
         metavar="N",
-        help="also save each N steps of an epoch; 0 = at its end only (default: %(default)s)",
+        help="also save a checkpoint every N steps; 0 = at the end of each epoch only (default: %(default)s)",
     )
     group.add_argument(
         "--keep-every",
         type=count,
         default=0,
         metavar="N",
-        help="besides the last two and the best, keep each N-th epoch's checkpoint; 0 = none",
+        help="besides the last two and the best, keep the checkpoint of every N-th epoch; 0 = none (default: 0)",
     )
     group.add_argument(
         "--eval-every",
         type=positive,
         default=1,
         metavar="N",
-        help="epochs from one evaluation to the next (default: %(default)s)",
+        help="evaluate every N epochs (default: %(default)s)",
     )
 
 
-def super_network_words(args: argparse.Namespace) -> list[str]:
-    """The words with which main.py --eval opens this super-network again: all but sizes, speed and output folder."""
-    words = ["--model", args.model]
-    if args.model_kwargs:
-        words += ["--model-kwargs", *(f"{key}={value}" for key, value in args.model_kwargs.items())]
-    given = {key: getattr(args, key) for key in ("checkpoint", "mask_table", "data_set", "data_path")}
+def words_to_open(args: argparse.Namespace) -> list[str]:
+    """The flags that open the same network on the same data again, without sizes, speed and output folder."""
+    words = ["--model-kwargs", *(f"{key}={value}" for key, value in args.model_kwargs.items())]
+    words = words if args.model_kwargs else []
+    given = {key: getattr(args, key) for key in ("model", "checkpoint", "mask_table", "data_set", "data_path")}
     given |= data_overrides(args)
     if args.refit:
         given |= {"proxy_samples": args.proxy_samples, "seed": args.seed}

@@ -8,7 +8,7 @@ echo "=== run_pretrain.sh"
 sh run_pretrain.sh
 echo "=== METHOD=best run_reparam.sh and run_test.sh: twelve sizes without training"
 METHOD=best FOLDER="$OUTPUT/reparamed/best" sh run_reparam.sh
-CHECKPOINT="$OUTPUT/reparamed/best/contracted.safetensors" WEIGHTS='' BASELINE='' REPORT="$OUTPUT/untrained" sh run_test.sh
+CHECKPOINT="$OUTPUT/reparamed/best" WEIGHTS='' BASELINE='' REPORT="$OUTPUT/untrained" sh run_test.sh
 export REPORT="$OUTPUT"
 for stage in reparam train test train_peeled; do
     echo "=== run_$stage.sh"

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Stage 1: trains a plain vision transformer, where there is no pre-trained one. On ImageNet, skip it: run_reparam.sh takes timm's weights.
+# Stage 1: trains a plain vision transformer, where there are no pre-trained weights. On ImageNet, skip it: run_reparam.sh
+# takes timm's weights.
 #
 #   sh run_pretrain.sh                                                      the embedded digits, 2 CPU cores
 #   DATA_SET=imagenet DATA_PATH=/data/imagenet MODEL=vit_small GPUS=8 sh run_pretrain.sh
@@ -9,6 +10,10 @@
 set -eu
 . ./common.sh
 if [ "$DATA_SET" = digits ]; then
+    # A small ViT of timm's, 17 tokens.
+    MODEL=${MODEL:-vit_tiny_patch16_224}
+    MODEL_KWARGS=${MODEL_KWARGS:-img_size=8 patch_size=2 in_chans=1 embed_dim=16 depth=8 num_heads=2}
+    PREPROCESSING=${PREPROCESSING:---crop-pct 1}
     EPOCHS=${EPOCHS:-80} LR=${LR:-1.6e-2} EMA_DECAY=${EMA_DECAY:-0}
 else
     EPOCHS=${EPOCHS:-300} LR=${LR:-5e-4} EMA_DECAY=${EMA_DECAY:-0.99996}

@@ -2,24 +2,25 @@
 # Stage 2: WPAC. Contracts the pre-trained model; its function does not change.
 #
 # METHOD=paper (the default) is the paper's. METHOD=best orders dims by their effect on the loss, and writes beside the
-# weights compensation.safetensors, with which a sub-network makes up for what was cut, and a mask table without training:
-# sizes at once, which CHECKPOINT=FOLDER/contracted.safetensors sh run_test.sh evaluates. FOLDER: where the results go.
+# weights compensation.safetensors, with which sub-networks make up for what was cut, and a mask table without training:
+# sizes at once, which CHECKPOINT=FOLDER sh run_test.sh evaluates. FOLDER: where the results go.
 #
 #   sh run_reparam.sh                                                       the embedded digits
 #   DATA_SET=imagenet DATA_PATH=/data/imagenet MODEL=vit_small sh run_reparam.sh
 #
-# One pass forward and backward over 1,024 training images, on one GPU or a CPU: minutes. (Then five passes over val/
-# for the report: EXTRA=--no-eval skips them.) CHECKPOINT: weights to start from; without any, timm's are downloaded.
+# One forward and backward pass over 1,024 training images, on one GPU or a CPU: minutes. (Then five passes over val/ for
+# the report; EXTRA=--no-eval skips them.) CHECKPOINT: weights to start from; without them, timm's are downloaded.
 # The paper, DeiT-B with 3/4, 2/4, 1/4 of the attention dims, no training: 81.2, 76.9, 41.8 % of 81.8 % (paper's figures).
 set -eu
 . ./common.sh
 METHOD=${METHOD:-paper}
 FOLDER=${FOLDER:-$OUTPUT/reparamed/$NAME}
-DROPOUT_RATIO=${DROPOUT_RATIO:-0.92} # share of the MACs that the mask table of METHOD=best reaches
-CHECKPOINT=${CHECKPOINT:-$(newest "$OUTPUT/pretrained/$NAME")}
-if [ -z "$CHECKPOINT" ] && [ "$DATA_SET" = digits ]; then
-    sh run_pretrain.sh
-    CHECKPOINT=$(newest "$OUTPUT/pretrained/$NAME")
+DROPOUT_RATIO=${DROPOUT_RATIO:-0.92} # share of the MACs that the mask table of METHOD=best can drop
+CHECKPOINT=${CHECKPOINT:-}
+if [ -z "$CHECKPOINT" ]; then
+    pretrained=$OUTPUT/pretrained/$NAME
+    has_checkpoint "$pretrained" || [ "$DATA_SET" != digits ] || sh run_pretrain.sh
+    if has_checkpoint "$pretrained"; then CHECKPOINT=$pretrained; fi
 fi
 
 prepare requirements.txt

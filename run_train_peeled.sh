@@ -1,11 +1,11 @@
 #!/bin/sh
-# Stage 5: extracts one sub-network and fine-tunes it; writes it as a folder (model.safetensors, config.json).
+# Stage 5: cuts one sub-network and fine-tunes it; writes it as a folder (model.safetensors, config.json, model.py).
 #
 #   sh run_train_peeled.sh                                                  the embedded digits
 #   DATA_SET=imagenet DATA_PATH=/data/imagenet MODEL=vit_base SIZE="--macs 8.5G" GPUS=2 sh run_train_peeled.sh
 #
 # ImageNet: 30 epochs at 5e-5 to 1e-6, drop path 0.1. Hours were not measured here.
-# The authors publish for fine-tuned sub-networks: DeiT-B op code 194 (8.47 G MACs) 80.4 %, op code 268 (5.65 G) 77.0 %.
+# The authors' figure for a fine-tuned sub-network of DeiT-B: 81.24 % at 8.47 G MACs (80.4 % at 8.44 G without fine-tuning).
 set -eu
 . ./common.sh
 SIZE=${SIZE:---macs-ratio 0.25}
@@ -14,11 +14,11 @@ if [ "$DATA_SET" = digits ]; then
 else
     EPOCHS=${EPOCHS:-30} LR=${LR:-5e-5} DROP_PATH=${DROP_PATH:-0.1} WEIGHTS=${WEIGHTS-}
 fi
-CHECKPOINT=${CHECKPOINT:-$(newest "$OUTPUT/peelable/$NAME")}
+CHECKPOINT=${CHECKPOINT:-}
 if [ -z "$CHECKPOINT" ]; then
-    [ "$DATA_SET" = digits ] || { echo "no checkpoint in $OUTPUT/peelable/$NAME: run run_train.sh first" >&2; exit 2; }
-    sh run_train.sh
-    CHECKPOINT=$(newest "$OUTPUT/peelable/$NAME")
+    CHECKPOINT=$OUTPUT/peelable/$NAME
+    has_checkpoint "$CHECKPOINT" || [ "$DATA_SET" = digits ] || { echo "no checkpoint in $CHECKPOINT: run run_train.sh first" >&2; exit 2; }
+    has_checkpoint "$CHECKPOINT" || sh run_train.sh
 fi
 FOLDER=${FOLDER:-$OUTPUT/peeled/$NAME/$(echo "$SIZE" | tr -d ' -' )}
 

@@ -1,4 +1,4 @@
-"""Users' errors, processes, ranks, seeds. Knows no other file of the project."""
+"""Errors for users, processes, ranks, seeds. Imports no other file of this project."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake that the person at the keyboard can mend: shown as one line, exit code 2."""
+    """A mistake that the user can correct: shown as one line, exit code 2."""
 
 
 class Preempted(Exception):
     """The run was asked to stop (SIGTERM or SIGUSR1)."""
 
 
-# Errors of the file system that are the user's to mend, wherever they come up.
+# Errors of the file system that the user can correct, wherever they are raised.
 _FILE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 _stop_asked: list[str] = []
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Runs an entry point. A user's mistake becomes one line on stderr and exit code 2; a heeded stop, exit code 0."""
+    """Runs an entry point. A user's mistake is one line on stderr and exit code 2; a stop signal is exit code 0."""
     program = Path(sys.argv[0]).name
     try:
         main()
@@ -47,33 +47,33 @@ def run_program(main: Callable[[], None]) -> None:
         line = _line_of(error)
         if line is None:
             raise
-        if _others_speak():
+        if _rank_0_reports():
             os._exit(2)
         print(f"{program}: error: {line}", file=sys.stderr, flush=True)
         if dist.is_initialized():
-            os._exit(2)  # the other ranks wait in a collective call: leaving the group in order would wait for them
+            os._exit(2)  # leaving the process group in order would wait for ranks that are in a collective call
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _line_of(error: Exception) -> str | None:
-    """What to tell the user; None for an error that is not theirs."""
-    # A data loader worker wraps the message in its own traceback; the last line is what was said.
+    """The message for the user; None for an error of the program itself."""
+    # A data loader worker wraps the message in its own traceback, whose last line it is.
     last = str(error).strip().splitlines()[-1:] or [""]
     if isinstance(error, UserError):
         return last[0].removeprefix("utils.UserError: ")
     if isinstance(error, OSError) and error.errno in _FILE_ERRORS:
         return f"cannot write {error.filename or 'to the output folder'}: {error.strerror}"
     if "DataLoader worker" in str(error):
-        return f"a data loading process died, too little memory perhaps; try fewer --workers ({first_line(error)})"
+        return f"a data loading process died, perhaps for lack of memory; try fewer --workers ({first_line(error)})"
     if isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error)):
-        return f"rank {world()[0]} stops because another rank is gone; its own message says why"
+        return f"rank {world()[0]} stops because another rank has ended, whose message says why"
     return None
 
 
-def _others_speak() -> bool:
-    """Whether a rank other than 0 should keep silent: where rank 0 fails too, and so ends the run, it has spoken."""
+def _rank_0_reports() -> bool:
+    """Whether this rank leaves the message to rank 0, which fails as well and thereby ends the run within seconds."""
     if is_main_process():
         return False
     end = time.monotonic() + 5
@@ -84,7 +84,7 @@ def _others_speak() -> bool:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """Within it SIGTERM and SIGUSR1 (as Slurm sends) only ask the run to stop: stop_if_asked() heeds them."""
+    """A context in which SIGTERM and SIGUSR1 (sent by Slurm) only ask the run to stop, see stop_if_asked()."""
     numbers = (signal.SIGTERM, signal.SIGUSR1)
     before = [signal.signal(number, lambda n, _frame: _stop_asked.append(signal.Signals(n).name)) for number in numbers]
     try:
@@ -95,7 +95,11 @@ def stop_signals() -> Iterator[None]:
 
 
 def stop_if_asked(collective: bool = False) -> None:
-    """Raises Preempted after a stop signal. Ranks must stop at one point: only where all of them ask, `collective`."""
+    """Raises Preempted after a stop signal.
+
+    collective: all ranks call this at the same point. Otherwise runs of several processes do not stop here, since their
+    ranks have to stop together.
+    """
     asked = bool(_stop_asked)
     if dist.is_initialized():
         asked = collective and any(row[0] for row in gather_over_ranks([float(asked)]))
@@ -104,7 +108,7 @@ def stop_if_asked(collective: bool = False) -> None:
 
 
 class Interruptible:
-    """Batches between which a stop signal is heeded, in a run of one process."""
+    """Batches between which a run of one process can be stopped by a signal."""
 
     def __init__(self, batches: Iterable):
         self.batches = batches
@@ -159,7 +163,7 @@ def cpu_model() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What a measurement of time holds for: the name of the GPU, or of the processor and the threads in use."""
+    """The name of the GPU, or of the processor with the number of threads in use, to go with a measured time."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -176,7 +180,7 @@ def is_main_process() -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that this process has had on a CUDA device; on the CPU, the most that was resident."""
+    """The largest memory that this process has used, in bytes: allocated on a CUDA device, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -191,7 +195,7 @@ def reduce_sum(*tensors: torch.Tensor) -> None:
 
 
 def gather_over_ranks(values: list[float]) -> list[list[float]]:
-    """The values of every rank, a row a rank."""
+    """The values of all ranks, one row per rank (a collective call)."""
     rank, ranks = world()
     on_cuda = dist.is_initialized() and dist.get_backend() == "nccl"
     rows = torch.zeros(ranks, len(values), dtype=torch.float64, device="cuda" if on_cuda else "cpu")
@@ -212,40 +216,40 @@ def check_ranks_agree(what: str, checksum: int) -> None:
     odd = [rank for rank, row in enumerate(rows) if row != rows[0]]
     if odd:
         raise UserError(
-            f"{what} of rank {odd[0]} differ from those of rank 0: the run stops, the last checkpoint stands"
+            f"{what} of rank {odd[0]} differ from those of rank 0: the run stops, the last checkpoint is kept"
         )
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> int:
-    """A number below 2**53 that changes with any bit of the tensors."""
+    """A number below 2**53 that depends on every bit of the tensors."""
     total = 0
     for tensor in tensors:
         words = tensor.detach().contiguous().view(-1)
         words = words.view(torch.int32 if words.element_size() % 4 == 0 else torch.uint8)
-        # Place matters: two values that swap their places change the sum.
+        # Weighted by position, so that two values that change places change the sum.
         places = torch.arange(1, len(words) + 1, device=words.device)
         total = (total * 31 + int((words.to(torch.int64) * places).sum())) % (2**53 - 111)
     return total
 
 
 def say(*words: object) -> None:
-    """print() on the main process only, shown at once."""
+    """print() on the main process only, flushed."""
     if is_main_process():
         print(*words, flush=True)
 
 
 def progress_bar(items: Iterable, label: str, **kwargs: Any) -> tqdm:
-    """tqdm on the main process: live on a terminal, a line now and then in a log file."""
+    """tqdm on the main process: live on a terminal, a line every 30 seconds in a log file."""
     seldom = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 60, "delay": 30}
     return tqdm(items, label, disable=not is_main_process(), leave=False, **seldom, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Seeds: every draw is keyed by where it is made, so that a resumed run needs no saved generator state
+# Seeds: random numbers are seeded by where they are drawn, so that a resumed run needs no generator state
 
 
 def mixed_seed(*key: int) -> int:
-    """A 63-bit seed that depends on every number of the key, on their order and on how many there are."""
+    """A 63-bit seed that depends on all numbers of the key and on their order."""
     return int(np.random.SeedSequence([len(key), *key]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -254,7 +258,7 @@ def seed_everything(*key: int) -> None:
     seed = mixed_seed(*key)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # Not torch.manual_seed: where CUDA is not in use it formats a stack trace a call, too slow for each image.
+    # torch.manual_seed would format a stack trace on each call while CUDA is not in use: too slow per image.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)

@@ -1,1 +1,1 @@
-"""Exact measurements of the project's speed; each program prints a table and, last, one JSON object."""
+"""Benchmarks of speed and faults. Each program prints a table and, as its last line, one JSON object."""

@@ -1,9 +1,9 @@
-"""MACs and parameters of twelve sizes of every family that is supported, at full size, weights drawn at random.
+"""MACs and parameters of twelve sizes of full-size models of every supported family, with random weights.
 
     python -m benchmarks.backbones
 
-A mask table is made from random importance, twelve op codes evenly spaced in MACs are counted without being cut, and
-the whole, the middle and the smallest are cut and run on one image. The last line is one JSON object.
+The mask table comes from random importance. Twelve op codes, evenly spaced in MACs, are counted without extracting
+them. The largest, the middle and the smallest are extracted and run on one image. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from files import write_text
 from models.backbone import create_backbone
 from models.extraction import extract
 from models.macs import count_macs, count_params
-from supernet.selection import evenly_spaced, format_amount
+from supernet.amounts import format_amount
+from supernet.selection import evenly_spaced
 from utils import run_program
 
 SIZES = 12
@@ -45,7 +46,7 @@ MODELS = {
 
 
 def measure(name: str, model_kwargs: dict, seed: int) -> list[dict]:
-    """A row for each of twelve sizes."""
+    """One row per size: op code, MACs per image in both conventions, and parameters."""
     torch.manual_seed(seed)
     model = create_backbone(name, **model_kwargs).eval()
     _, table = tables(model, (SIZES, 400), seed)
@@ -65,7 +66,7 @@ def measure(name: str, model_kwargs: dict, seed: int) -> list[dict]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """A line a model: the MACs of its sizes, and the parameters of the largest and the smallest."""
+    """A table with one line per model: the MACs of its sizes, and the parameters of the largest and the smallest."""
     lines = [f"| model | MACs of {SIZES} sizes | parameters |", "|---|---|---|"]
     for name, rows in results["models"].items():
         words = " ".join([name, *(f"{key}={value}" for key, value in MODELS[name].items())])
@@ -80,8 +81,10 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help="default: all"
     )
-    parser.add_argument("--seed", type=count, default=0, help="of weights and importance (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the JSON also goes there")
+    parser.add_argument(
+        "--seed", type=count, default=0, help="seed of the weights and the importance (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON to this file")
     args = parser.parse_args()
     found = {}
     for name in args.models:

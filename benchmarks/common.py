@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, the machine, timing in alternation, peak memory, the table and the JSON."""
+"""Shared by the benchmarks: arguments, facts about the machine, timing, peak memory, and the report."""
 
 from __future__ import annotations
 
@@ -32,16 +32,20 @@ PROC_STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs
 
 @dataclass
 class Row:
-    """One measured thing. at_least: whether `measured` has to reach up to `reach` (else it must not exceed it).
+    """One measurement.
 
-    reach: None for a number shown for comparison only.  bound: what limits it, shown where it is not met.
-    numbers: everything it was computed from.
+    what: What is measured.
+    against: What it is compared with, "-" for nothing.
+    measured: The result, in `unit`.
+    goal: `measured` must not exceed it, or with at_least must not fall below it. None if there is no goal.
+    bound: An explanation that is printed if the goal is not met.
+    numbers: The numbers that `measured` was computed from, for the JSON.
     """
 
     what: str
     against: str
     measured: float
-    reach: float | None = None
+    goal: float | None = None
     unit: str = "x"
     at_least: bool = False
     bound: str = ""
@@ -49,9 +53,10 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        if self.reach is None:
+        """Whether the goal is met; None without a goal."""
+        if self.goal is None:
             return None
-        return self.measured >= self.reach if self.at_least else self.measured <= self.reach
+        return self.measured >= self.goal if self.at_least else self.measured <= self.goal
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,28 +64,29 @@ class Row:
 
 
 def make_parser(description: str | None, *, model: str, batch_size: int, repeats: int) -> argparse.ArgumentParser:
-    """A parser with the flags that all benchmarks have, and their defaults."""
+    """A parser with the flags that all benchmarks have. model, batch_size, repeats: their defaults."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", default=model, help="timm's name of the backbone, random weights")
+    parser.add_argument("--model", default=model, help="timm name of the backbone; it gets random weights")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=positive, help="threads of PyTorch on the CPU; None: PyTorch's own choice")
-    parser.add_argument("--batch-size", type=positive, default=batch_size, help="images a batch")
+    parser.add_argument("--threads", type=positive, help="PyTorch threads on the CPU; None: PyTorch's default")
+    parser.add_argument("--batch-size", type=positive, default=batch_size, help="images per batch")
     parser.add_argument("--repeats", type=positive, default=repeats, help="timed rounds; the medians are reported")
-    parser.add_argument("--warmup", type=positive, default=2, help="rounds before the timed ones")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the images")
+    parser.add_argument("--warmup", type=positive, default=2, help="untimed rounds before the timed ones")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the images")
     parser.add_argument(
         "--clock",
         choices=CLOCKS,
         default="wall",
-        help="cpu: CPU time of the process and what it started, steadier with --threads 1 on a machine that others use",
+        help="wall: elapsed time; cpu: CPU time of the process and its children, which varies less on a shared machine "
+        "if --threads is 1",
     )
     return parser
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
+    """argparse type for whole numbers above 0."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
@@ -88,11 +94,11 @@ def positive(text: str) -> int:
 
 
 def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:
-    """Checks the device, sets threads and seed. A device that is not there ends the program with exit code 2."""
+    """Checks the device and sets threads and seed. If the device is missing, the program ends with exit code 2."""
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: this PyTorch sees no CUDA device; use --device cpu")
     if args.device.startswith("cuda") and args.clock == "cpu":
-        parser.error("--clock cpu does not see the work of a CUDA device; use --clock wall")
+        parser.error("--clock cpu does not measure the work of a CUDA device; use --clock wall")
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -100,7 +106,7 @@ def prepare(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.
 
 
 def describe_machine(device: torch.device, threads: int | None = None) -> dict[str, Any]:
-    """The machine and the libraries that a measurement holds for; threads: of the processes that do the work."""
+    """Facts about the machine and the libraries. threads: per process, default: those of this process."""
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         "cpu": cpu_model(),
@@ -114,13 +120,13 @@ def describe_machine(device: torch.device, threads: int | None = None) -> dict[s
 
 
 def random_batch(model: VisionTransformer, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random images (images, C, height, width) of the model's size and random targets (images,)."""
+    """Random images (B, C, height, width) of the model's input size and random targets (B,), with B = `images`."""
     size = (images, model.in_chans, *model.patch_embed.img_size)
     return torch.randn(size, device=device), torch.randint(model.num_classes, (images,), device=device)
 
 
 def make_model(args: argparse.Namespace, device: torch.device) -> VisionTransformer:
-    """The backbone of --model with weights drawn from --seed: each call gives the same ones."""
+    """The backbone of --model with random weights from --seed: the same ones at every call."""
     torch.manual_seed(args.seed)
     return create_backbone(args.model).to(device)
 
@@ -130,7 +136,7 @@ def make_model(args: argparse.Namespace, device: torch.device) -> VisionTransfor
 
 
 def cpu_seconds() -> float:
-    """CPU time, user and system, of this process and of those it started that have ended."""
+    """CPU time, user and system, of this process and of its child processes that have ended."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
@@ -138,7 +144,7 @@ def cpu_seconds() -> float:
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": cpu_seconds}
 
 
-def alternate(
+def time_alternately(
     variants: dict[str, Callable[[], Any]],
     device: torch.device,
     *,
@@ -147,11 +153,21 @@ def alternate(
     clock: str = "wall",
     before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each variant, on one of CLOCKS, in each of `repeats` rounds after `warmup` ones.
+    """Times several functions in alternation, so that changes in the speed of the machine affect all of them.
 
-    A round runs every variant once, every other round in the opposite order, so that a machine that slows down or
-    speeds up meanwhile does so for all of them. `before` runs before the clock starts; what a variant returns is freed
-    after it has stopped.
+    A round runs every variant once; every other round runs them in the opposite order. The result of a variant is freed
+    after the clock has stopped.
+
+    Args:
+        variants: Name -> function to time.
+        device: Device to synchronize before and after each run.
+        repeats: Number of timed rounds.
+        warmup: Number of untimed rounds before them.
+        clock: Key of CLOCKS.
+        before: Called before each run, outside the measured time.
+
+    Returns:
+        Name -> seconds in each timed round.
     """
     now = CLOCKS[clock]
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -171,17 +187,17 @@ def alternate(
 
 
 def ratio(seconds: list[float], base: list[float]) -> float:
-    """The median over the rounds of seconds / base: the two of a round were measured next to one another."""
+    """The median over the rounds of seconds / base, since the two runs of a round were close in time."""
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
 
 
 def milliseconds(seconds: list[float]) -> float:
-    """The median, in ms."""
+    """The median of times in seconds, in milliseconds."""
     return statistics.median(seconds) * 1e3
 
 
 def timing_numbers(seconds: dict[str, list[float]], base: str | None = None) -> dict[str, Any]:
-    """For the JSON: ms of every variant (median, lowest, highest) and, with a base, the ratios of the rounds to it."""
+    """For the JSON: median, lowest and highest ms of every variant and, with a base, of its ratio to the base."""
     numbers: dict[str, Any] = {
         f"ms_{name}": {"median": milliseconds(values), "lowest": min(values) * 1e3, "highest": max(values) * 1e3}
         for name, values in seconds.items()
@@ -202,23 +218,26 @@ def timing_numbers(seconds: dict[str, list[float]], base: str | None = None) -> 
 
 
 def in_new_process(function: Callable, *args: Any) -> Any:
-    """What `function(*args)` gives in a fresh interpreter; `function` stands at the top of a module."""
+    """The result of `function(*args)` in a new process. `function` must be defined at the top level of a module."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
 
 
 def give_memory_back() -> None:
-    """Returns freed memory to the system, where the C library can: what is allocated next is new, not used again."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    """Returns freed memory to the operating system if the C library can do so.
+
+    The next allocation then gets new pages instead of reusing old ones.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
     if trim:
         trim(0)
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that `work` needs at its peak beyond what is held when it starts.
+    """Peak memory of `work` in bytes, in addition to the memory in use when it starts.
 
-    On CUDA the allocator counts them. On a CPU it is the resident memory of the process, whose peak can only be told
-    apart from an earlier one where the system lets it be reset; so this belongs in a fresh process.
+    On CUDA it is read from the allocator. On the CPU it is the resident memory of the process. An earlier, higher peak
+    of the process would hide that of `work` on systems where the peak cannot be reset, so call this in a new process.
     """
     synchronize(device)
     if device.type == "cuda":
@@ -236,8 +255,8 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
 
 
 def _resident_peak() -> int:
-    """Peak resident bytes of this process."""
-    if PROC_STATUS.exists():  # getrusage() would go on counting the peak of the process that started this one
+    """Peak resident memory of this process in bytes."""
+    if PROC_STATUS.exists():  # getrusage() also counts the peak of the parent process
         line = next(line for line in PROC_STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -249,15 +268,15 @@ def _resident_peak() -> int:
 
 
 def report(rows: list[Row], settings: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
-    """Prints the table and, as the last line, the JSON object, which it gives back."""
+    """Prints the machine, the table of rows and, as the last line, the JSON object, which it also returns."""
     for key, value in machine.items():
         print(f"{key}: {value}")
-    cells = [("what", "against", "measured", "reach", "")] + [_cells(row) for row in rows]
+    cells = [("what", "against", "measured", "goal", "")] + [_cells(row) for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(4)]
     print()
     for line, row in zip(cells, [None, *rows], strict=True):
-        what, against, measured, reach, met = line
-        padded = (what.ljust(widths[0]), against.ljust(widths[1]), measured.rjust(widths[2]), reach.ljust(widths[3]))
+        what, against, measured, goal, met = line
+        padded = (what.ljust(widths[0]), against.ljust(widths[1]), measured.rjust(widths[2]), goal.ljust(widths[3]))
         print("  ".join([*padded, met]).rstrip())
         if row is not None and row.bound and row.met is False:
             print(f"    {row.bound}")
@@ -270,12 +289,12 @@ def report(rows: list[Row], settings: dict[str, Any], machine: dict[str, Any]) -
 
 def _cells(row: Row) -> tuple[str, str, str, str, str]:
     met = {True: "met", False: "not met", None: ""}[row.met]
-    return row.what, row.against, f"{row.measured:.4g} {row.unit}".rstrip(), _reach(row), met
+    return row.what, row.against, f"{row.measured:.4g} {row.unit}".rstrip(), _goal_text(row), met
 
 
-def _reach(row: Row) -> str:
-    return "" if row.reach is None else f"{'>=' if row.at_least else '<='} {row.reach:g} {row.unit}".rstrip()
+def _goal_text(row: Row) -> str:
+    return "" if row.goal is None else f"{'>=' if row.at_least else '<='} {row.goal:g} {row.unit}".rstrip()
 
 
 def _as_json(row: Row) -> dict[str, Any]:
-    return {**asdict(row), "reach": _reach(row) or None, "met": row.met}
+    return {**asdict(row), "goal": _goal_text(row) or None, "met": row.met}

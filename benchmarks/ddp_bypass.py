@@ -1,8 +1,8 @@
-"""Three ways of training a super-network under DDP, where a bypassed branch has no gradient of its own.
+"""Two ways of training a super-network under DDP, where bypassed branches get no gradient, and a baseline.
 
-zeros: the project's (models.elastic): a bypassed branch's parameters get a gradient of zero, where one is bypassed.
-search: DDP(find_unused_parameters=True), which looks through the graph of every step.
-stock: timm's plain model under plain DDP, which has nothing to bypass: what the other two are measured by.
+zeros: this project's way (models.elastic): the parameters of a bypassed branch get a gradient of zero.
+search: DDP(find_unused_parameters=True), which searches the autograd graph at every step.
+stock: the baseline, timm's own model under plain DDP, which bypasses nothing.
 
 Run from the repository root:  python -m benchmarks.ddp_bypass
 A quick look, in seconds:      python -m benchmarks.ddp_bypass --repeats 2 --warmup 1 --batch-size 1
@@ -28,7 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common import (
     Row,
-    alternate,
     describe_machine,
     make_model,
     make_parser,
@@ -38,21 +37,22 @@ from benchmarks.common import (
     random_batch,
     ratio,
     report,
+    time_alternately,
     timing_numbers,
 )
 from models.backbone import full_widths
 from models.elastic import make_elastic, set_widths
-from models.parts import BypassBlock
+from models.subnetwork import BypassBlock
 from utils import run_program
 
 
 def main() -> None:
     parser = make_parser(__doc__.splitlines()[0], model="deit_tiny_patch16_224", batch_size=8, repeats=20)
-    parser.add_argument("--processes", type=positive, default=2, help="ranks, all on this machine (gloo)")
+    parser.add_argument("--processes", type=positive, default=2, help="number of ranks, all on this machine (gloo)")
     parser.set_defaults(threads=1)
     args = parser.parse_args()
     device = prepare(args, parser)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns where the search finds nothing: here it is meant
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides DDP's warning that the search found nothing
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "seconds.pt"
         torch.multiprocessing.spawn(rank_work, args=(args, results), nprocs=args.processes)
@@ -61,18 +61,18 @@ def main() -> None:
 
 
 def rows_of(seconds: dict[str, list[float]], name: str) -> list[Row]:
-    """The ways against the stock model and against one another, where nothing is bypassed and where something is."""
+    """The rows of the report: both ways against the baseline and against each other, without and with bypassing."""
     for variant, values in seconds.items():
         print(f"{variant:>16}: {milliseconds(values):.1f} ms")
 
-    def row(variant: str, base: str, steps: str, against: str, reach: float | None = None) -> Row:
+    def row(variant: str, base: str, steps: str, against: str, goal: float | None = None) -> Row:
         ratios = [a / b for a, b in zip(seconds[variant], seconds[base], strict=True)]
         return Row(
             f"{steps}, {name}",
             against,
             ratio(seconds[variant], seconds[base]),
-            reach,
-            bound=f"the rounds' ratios lie between {min(ratios):.3f} and {max(ratios):.3f}",
+            goal,
+            bound=f"the ratios of the rounds lie between {min(ratios):.3f} and {max(ratios):.3f}",
             numbers=timing_numbers({variant: seconds[variant], base: seconds[base]}, base),
         )
 
@@ -87,7 +87,7 @@ def rows_of(seconds: dict[str, list[float]], name: str) -> list[Row]:
 
 
 def rank_work(rank: int, args: argparse.Namespace, results: Path) -> None:
-    """One process: times all variants in alternation; a step takes as long as it does on the slowest rank."""
+    """Runs in each process. Times all variants; the time of a step is that of the slowest rank."""
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     if device.type == "cuda":
@@ -98,7 +98,7 @@ def rank_work(rank: int, args: argparse.Namespace, results: Path) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=args.processes, timeout=timeout)
     try:
         rounds = {"repeats": args.repeats, "warmup": max(2, args.warmup), "clock": args.clock}
-        seconds = alternate(variants(args, rank, device), device, **rounds, before=dist.barrier)
+        seconds = time_alternately(variants(args, rank, device), device, **rounds, before=dist.barrier)
         slowest = torch.tensor(list(seconds.values()), dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         if rank == 0:
@@ -108,8 +108,9 @@ def rank_work(rank: int, args: argparse.Namespace, results: Path) -> None:
 
 
 def variants(args: argparse.Namespace, rank: int, device: torch.device) -> dict[str, Callable[[], None]]:
-    """The steps to time, in the same order on every rank; each way has a model and an optimizer of its own."""
-    stock, zeros, search = make_model(args, device), make_elastic(make_model(args, device)), searched(args, device)
+    """Name -> step to time, in the same order on every rank. Each way has its own model and optimizer."""
+    stock, zeros = make_model(args, device), make_elastic(make_model(args, device))
+    search = elastic_without_zeros(args, device)
     torch.manual_seed(args.seed + 1 + rank)
     batch = random_batch(stock, args.batch_size, device)
     full, bypass = full_widths(stock), bypassing_widths(stock, rank)
@@ -125,23 +126,23 @@ def variants(args: argparse.Namespace, rank: int, device: torch.device) -> dict[
     }
 
 
-def searched(args: argparse.Namespace, device: torch.device) -> VisionTransformer:
-    """A super-network that leaves bypassed parameters without a gradient."""
+def elastic_without_zeros(args: argparse.Namespace, device: torch.device) -> VisionTransformer:
+    """A super-network whose bypassed parameters get no gradient."""
     model = make_elastic(make_model(args, device))
     for block in model.blocks:
-        block.__class__ = BypassBlock  # ElasticBlock without its gradients of zero
+        block.__class__ = BypassBlock  # as ElasticBlock, but without the gradients of zero
     return model
 
 
 def bypassing_widths(model: VisionTransformer, rank: int) -> dict[str, int]:
-    """Full widths but for one branch in four, not the same ones on every rank."""
+    """Full widths, except that every fourth branch is bypassed; which ones depends on the rank."""
     return {key: 0 if place % 4 == rank % 4 else width for place, (key, width) in enumerate(full_widths(model).items())}
 
 
 def ddp_step(
     model: VisionTransformer, batch: tuple[Tensor, Tensor], find_unused: bool
 ) -> Callable[[dict[str, int] | None], None]:
-    """A function of the widths (None: the model has none) that does a training step under DDP with AdamW."""
+    """Returns a function of widths (None for the stock model) that runs a training step under DDP with AdamW."""
     parallel = DistributedDataParallel(model.train(), find_unused_parameters=find_unused)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-5, weight_decay=0.05)
     images, targets = batch

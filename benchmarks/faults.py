@@ -1,13 +1,14 @@
-"""What becomes of runs that are killed, lose a process or fill their disk, at random times: do they lose anything?
+"""Kills runs, single processes of runs, or fills their disk, at random times, and checks that nothing is lost.
 
     python -m benchmarks.faults                  60 faults, about five minutes on two cores
-    python -m benchmarks.faults --faults 4       fewer; --seconds 60 begins no new one after a minute
+    python -m benchmarks.faults --faults 4       fewer faults
+    python -m benchmarks.faults --seconds 60     no new fault after a minute
 
-Each fault hits a run of its own: PIAD on digits, three epochs, all that is random switched on. The run is then resumed
-with the same command, some of them after a second fault, and its weights, averaged weights, optimizer, mask table, log
-and TensorBoard scalars and pictures (not speed and memory: they are others each time) are compared, bit for bit, with
-those of a run that nothing happened to. The exit code is 1 if a run did not survive, differs, or lost a byte. The small
-disk needs the right to mount one; without it, a quota.
+Each fault happens to its own run: PIAD on digits for three epochs, with all random augmentations. The run is then
+resumed with the same command, some runs after a second fault. Its weights, averaged weights, optimizer state, mask
+table, log, and TensorBoard scalars and pictures (except speed and memory) are compared bit for bit with those of a
+reference run without faults. The exit code is 1 if a run did not survive, differs, or lost a byte. The full disk is a
+mounted tmpfs; without the permission to mount one, it is a limit on the file size.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ import torch
 from benchmarks.common import ROOT, describe_machine, positive
 
 sys.path.insert(0, str(ROOT / "tests"))
-from faults import ONE_THREAD, Fault, Started, differences, make_run, resume, run, torchrun
+from faults import ONE_THREAD, Fault, StartedRun, differences, make_run, resume, run, torchrun
 
 from files import load_checkpoint
 from utils import UserError
 
-# Where a disk may be full, and how often a run comes there.
+# Functions in which the disk becomes full -> how often a run calls them.
 WRITES = {"logs:RunLog.__init__": 1, "torch:save": 9, "piad.mask_table:MaskTable.save": 9, "logs:RunLog.epoch": 3}
 
 
 @dataclass
 class Row:
-    """One fault, or several on the same run, and what came of it. bytes_lost: of checkpoints that cannot be read."""
+    """The result of one run: its faults, and what happened. bytes_lost: size of the checkpoints that cannot be read."""
 
     kind: str
     processes: int
@@ -52,14 +53,15 @@ class Row:
     seconds: float = 0.0
 
     def in_words(self) -> str:
+        """One line for the terminal."""
         ended = "differs" if self.differs else "equal" if self.survived else "did not survive"
-        faults = ", ".join(self.faults) or "was faster than the fault"
+        faults = ", ".join(self.faults) or "ended before the fault"
         return f"{self.kind}, {self.processes} processes: {faults}: {ended}, {self.seconds:.0f} s"
 
 
 @dataclass
-class Unhurt:
-    """The run that the others are held against, in so many processes."""
+class Reference:
+    """A run without faults that other runs are compared with."""
 
     processes: int
     arguments: list[str]
@@ -67,62 +69,65 @@ class Unhurt:
     seconds: float
 
 
-class Bench:
-    """Runs in a folder, and on a small disk or without one."""
+class FaultBenchmark:
+    """Runs with faults in a folder. disk: mount point of a small file system, None if there is none."""
 
     def __init__(self, folder: Path, disk: Path | None, seed: int):
         self.folder, self.disk, self.random = folder, disk, random.Random(seed)
         arguments = make_run(folder)
-        run(folder / "first", arguments)  # the first one also starts what the others are forked from
-        self.unhurt = {1: self._run_unhurt(1, arguments), 2: self._run_unhurt(2, [*arguments, "--batch-size", "24"])}
+        run(folder / "first", arguments)  # not timed, since it also starts the server that forks the other runs
+        self.reference = {
+            1: self._run_reference(1, arguments),
+            2: self._run_reference(2, [*arguments, "--batch-size", "24"]),
+        }
 
-    def _run_unhurt(self, processes: int, arguments: list[str]) -> Unhurt:
-        folder = self.folder / f"unhurt_{processes}"
+    def _run_reference(self, processes: int, arguments: list[str]) -> Reference:
+        folder = self.folder / f"reference_{processes}"
         ended = run(folder, arguments, processes=processes)
         if any(ended.codes):
-            raise RuntimeError(f"the unhurt run failed: {ended.error}")
-        return Unhurt(processes, arguments, folder, ended.seconds)
+            raise RuntimeError(f"the reference run failed: {ended.error}")
+        return Reference(processes, arguments, folder, ended.seconds)
 
-    # Kinds of faults: each hurts a run of the folder, resumes it, and says in the row how.
+    # Kinds of faults. Each starts a run in the folder, disturbs it, resumes it, and describes the faults in the row.
 
     def kill(self, row: Row, folder: Path) -> None:
-        """All processes at once, as when a machine is lost; in every third run also while it goes on."""
-        arguments = self.unhurt[row.processes].arguments
+        """Kills all processes at once, as when a machine fails; in a third of the runs once more after resuming."""
+        arguments = self.reference[row.processes].arguments
         for number in range(1 + (self.random.random() < 1 / 3)):
-            delay = self.random.uniform(0.1, 0.9 * self.unhurt[row.processes].seconds) / (1 + number)
-            started = Started(folder, [*arguments, "--resume", "auto"], processes=row.processes)
+            delay = self.random.uniform(0.1, 0.9 * self.reference[row.processes].seconds) / (1 + number)
+            started = StartedRun(folder, [*arguments, "--resume", "auto"], processes=row.processes)
             time.sleep(delay)
-            if started.alive():  # else it was faster than the unhurt run
+            if started.alive():  # otherwise the run was faster than the reference run
                 row.faults.append(f"killed after {delay:.2f} s")
             for rank in range(row.processes):
                 started.kill(rank)
             started.wait()
             row.bytes_lost += lost_bytes(folder)
-        self.go_on(row, folder)
+        self.resume_run(row, folder)
 
     def kill_rank(self, row: Row, folder: Path) -> None:
-        """One process of several: the others have to end too, before they are all started again."""
-        delay = self.random.uniform(0.1, 0.9 * self.unhurt[row.processes].seconds)
+        """Kills one process of several: the others have to end too, before the run is resumed."""
+        delay = self.random.uniform(0.1, 0.9 * self.reference[row.processes].seconds)
         rank = self.random.randrange(row.processes)
-        started = Started(folder, self.unhurt[row.processes].arguments, processes=row.processes)
+        started = StartedRun(folder, self.reference[row.processes].arguments, processes=row.processes)
         time.sleep(delay)
         if started.alive():
             row.faults.append(f"rank {rank} killed after {delay:.2f} s")
         started.kill(rank)
         started.wait()
         row.bytes_lost += lost_bytes(folder)
-        self.go_on(row, folder)
+        self.resume_run(row, folder)
 
     def restart_rank(self, row: Row, folder: Path) -> None:
-        """One process of several, which torchrun starts again."""
+        """Kills one process of several under torchrun, which restarts them."""
         step, rank = self.random.randint(1, 15), self.random.randrange(row.processes)
         row.faults.append(f"rank {rank} killed in step {step}, restarted by torchrun")
         fault = Fault("engine:_update", step, rank=rank)
-        done = torchrun(folder, self.unhurt[row.processes].arguments, fault, processes=row.processes)
+        done = torchrun(folder, self.reference[row.processes].arguments, fault, processes=row.processes)
         row.survived, row.error = done.returncode == 0, done.stderr if done.returncode else ""
 
     def full_disk(self, row: Row, folder: Path) -> None:
-        """A disk, or a quota, that ends at one of the writes: the run has to say so and end with exit code 2."""
+        """Fills the disk before one of the writes: the run has to end with one line of error and exit code 2."""
         at = self.random.choice(list(WRITES))
         call = self.random.randint(1, WRITES[at])
         if self.disk:
@@ -132,21 +137,22 @@ class Bench:
         else:
             fault = Fault("torch:save", call, "limit file size", self.random.randrange(1_000_000))
         row.faults.append(f"{fault.what} at call {call} of {fault.at}")
-        ended = run(folder, self.unhurt[1].arguments, fault)
+        ended = run(folder, self.reference[1].arguments, fault)
         row.bytes_lost += lost_bytes(folder)
         (folder / "ballast").unlink(missing_ok=True)
         if ended.code == 2 and len(ended.error.splitlines()) == 1:
-            self.go_on(row, folder)
+            self.resume_run(row, folder)
         else:
             row.error = f"exit code {ended.code}, {ended.error}"
 
-    def go_on(self, row: Row, folder: Path) -> None:
-        ended = resume(folder, self.unhurt[row.processes].arguments, processes=row.processes)
+    def resume_run(self, row: Row, folder: Path) -> None:
+        """Resumes the run without a fault."""
+        ended = resume(folder, self.reference[row.processes].arguments, processes=row.processes)
         row.survived = not any(ended.codes)
         row.error = "" if row.survived else ended.error
 
-    def one(self, number: int) -> Row:
-        """The fault of that number, of its kind."""
+    def run_fault(self, number: int) -> Row:
+        """Runs the fault with this number; the kinds of faults alternate."""
         kinds: list[tuple[Callable[[Row, Path], None], int]] = [
             (self.kill, 1),
             (self.kill, 2),
@@ -155,15 +161,15 @@ class Bench:
             (self.kill, 1),
             (self.restart_rank, 2),
         ]
-        hurt, processes = kinds[number % len(kinds)]
-        row, folder, start = Row(hurt.__name__, processes, []), self.folder / str(number), time.monotonic()
+        inject, processes = kinds[number % len(kinds)]
+        row, folder, start = Row(inject.__name__, processes, []), self.folder / str(number), time.monotonic()
         try:
-            hurt(row, folder)
+            inject(row, folder)
             folder = folder if folder.exists() else self.disk / folder.name
             if row.survived:
-                row.differs = differences(folder, self.unhurt[processes].folder)
+                row.differs = differences(folder, self.reference[processes].folder)
         except (TimeoutError, subprocess.TimeoutExpired) as error:
-            row.survived, row.error = False, f"does not end: {error}"
+            row.survived, row.error = False, f"did not end: {error}"
         row.bytes_lost += lost_bytes(folder)
         shutil.rmtree(folder)
         row.seconds = time.monotonic() - start
@@ -171,7 +177,7 @@ class Bench:
 
 
 def lost_bytes(folder: Path) -> int:
-    """The size of the checkpoints that are there and cannot be read."""
+    """Total size of the checkpoints in the folder that cannot be read."""
     lost = 0
     for path in folder.glob("checkpoint_*.pth"):
         try:
@@ -197,9 +203,13 @@ def show(kind: str, numbers: dict[str, int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=positive, default=60, metavar="N", help="how many at least (default: 60)")
-    parser.add_argument("--seconds", type=positive, metavar="S", help="begin no new one after so long (default: none)")
-    parser.add_argument("--seed", type=int, default=0, help="of the times and places (default: 0)")
+    parser.add_argument(
+        "--faults", type=positive, default=60, metavar="N", help="minimum number of faults (default: 60)"
+    )
+    parser.add_argument(
+        "--seconds", type=positive, metavar="S", help="start no new fault after S seconds (default: no limit)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times and places of faults (default: 0)")
     args = parser.parse_args()
     start, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
@@ -208,11 +218,11 @@ def main() -> None:
         mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
         mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
         try:
-            bench = Bench(Path(folder), disk if mounted else None, args.seed)
+            bench = FaultBenchmark(Path(folder), disk if mounted else None, args.seed)
             while sum(len(row.faults) for row in rows) < args.faults:
                 if args.seconds and time.monotonic() - start > args.seconds:
                     break
-                rows.append(bench.one(len(rows)))
+                rows.append(bench.run_fault(len(rows)))
                 print(f"{len(rows)}: {rows[-1].in_words()}", flush=True)
         finally:
             if mounted:

@@ -1,4 +1,4 @@
-"""Measurements of extracted models, of extraction and of the programs' start. See benchmarks.speed."""
+"""Benchmarks of extracted models, of extraction, and of the start of the programs. Run by benchmarks.speed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor
 from benchmarks.common import (
     ROOT,
     Row,
-    alternate,
     give_memory_back,
     make_model,
     milliseconds,
     random_batch,
     ratio,
+    time_alternately,
     timing_numbers,
 )
 from benchmarks.sizes import half_widths, tables, thinnest_widths
@@ -30,7 +30,7 @@ from models.extraction import extract
 from models.macs import count_macs
 from piad.mask_table import MaskTable
 
-PLACES = (0, 0.25, 0.5, 0.75, 1)  # of the op codes that are extracted: where they stand in their table
+PLACES = (0, 0.25, 0.5, 0.75, 1)  # of the extracted op codes, as a share of the length of the table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,9 +38,9 @@ PLACES = (0, 0.25, 0.5, 0.75, 1)  # of the op codes that are extracted: where th
 
 
 def measure_forward(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """How many times faster the extracted model at half the MACs is than the stock model, at each batch size."""
+    """How many times faster extracted models with half of the MACs are than the stock model, at each batch size."""
     stock = make_model(args, device).eval()
-    # One unit a module: nearly nothing of what shrinks with the widths is left, so this is the time that stays.
+    # With one unit per module, nearly all of the time that is left does not depend on the widths.
     thin = extract(stock, thinnest_widths(stock))
     rows = []
     for kind, widths in half_widths(stock).items():
@@ -49,12 +49,12 @@ def measure_forward(args: argparse.Namespace, device: torch.device) -> list[Row]
             images, _ = random_batch(stock, batch_size, device)
             models = {"stock": stock, "extracted": small, "thinnest": thin}
             variants = {name: partial(forward, model, images) for name, model in models.items()}
-            # Small batches are over soon and vary more.
+            # Small batches take less time, and their times vary more.
             repeats = args.repeats * max(1, min(8, 64 // batch_size))
-            seconds = alternate(variants, device, repeats=repeats, warmup=args.warmup, clock=args.clock)
+            seconds = time_alternately(variants, device, repeats=repeats, warmup=args.warmup, clock=args.clock)
             full, fixed = milliseconds(seconds["stock"]), milliseconds(seconds["thinnest"])
             share, thin_share = (count_macs(model) / count_macs(stock) for model in (small, thin))
-            # A line through (share of the thinnest, its time) and (1, the full time), read at the share.
+            # On the line through (MACs share, time) of the thinnest and of the whole model.
             expected = fixed + (full - fixed) * (share - thin_share) / (1 - thin_share)
             rows.append(
                 Row(
@@ -64,7 +64,7 @@ def measure_forward(args: argparse.Namespace, device: torch.device) -> list[Row]
                     1.8,
                     at_least=True,
                     bound=f"at {thin_share:.1%} of the MACs a forward still takes {fixed:.1f} of {full:.1f} ms (norms, "
-                    f"softmax, sums, patches); in a straight line from there, half would be {full / expected:.2f} x",
+                    f"softmax, sums, patches); on a straight line from there, half would be {full / expected:.2f} x",
                     numbers=timing_numbers(seconds, "extracted")
                     | {"macs_share": share, "macs_share_thinnest": thin_share, "straight_line": full / expected},
                 )
@@ -82,7 +82,7 @@ def forward(model: VisionTransformer, images: Tensor) -> Tensor:
 
 
 def measure_extraction(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """Milliseconds of an extraction at several op codes, and whether they hang on the number of op codes."""
+    """Time of an extraction at several op codes, and whether it depends on the number of op codes in the table."""
     torch.manual_seed(args.seed)
     args = argparse.Namespace(**{**vars(args), "model": args.extraction_model})
     model = make_model(args, device).eval()
@@ -92,9 +92,9 @@ def measure_extraction(args: argparse.Namespace, device: torch.device) -> list[R
         few_code = round(place * (len(few) - 1))
         many_code = many.rows.index(few.rows[few_code])  # the same widths
         variants = extraction_work(model, few, few_code, many, many_code)
-        # On new memory, as a first extraction is: memory that the last one left behind would spare its page faults.
+        # As in a first extraction: reusing the memory of the previous one would avoid page faults.
         rounds = {"repeats": args.repeats, "warmup": args.warmup, "clock": args.clock}
-        seconds = alternate(variants, device, **rounds, before=give_memory_back)
+        seconds = time_alternately(variants, device, **rounds, before=give_memory_back)
         size_ratios += [ratio(seconds[f"{kind}_many"], seconds[f"{kind}_few"]) for kind in ("own", "shared")]
         for kind, name in (("own", "own memory"), ("shared", "shared memory")):
             clone = milliseconds(seconds[f"clone_{kind}"])
@@ -105,7 +105,7 @@ def measure_extraction(args: argparse.Namespace, device: torch.device) -> list[R
                     milliseconds(seconds[f"{kind}_many"]),
                     100,
                     unit="ms",
-                    bound=f"a plain clone of the bytes that it has to copy takes {clone:.1f} ms",
+                    bound=f"a plain clone of the bytes that extraction copies takes {clone:.1f} ms",
                     numbers=timing_numbers({k: v for k, v in seconds.items() if kind in k})
                     | {
                         "op_code_few": few_code,
@@ -120,7 +120,7 @@ def measure_extraction(args: argparse.Namespace, device: torch.device) -> list[R
             f"of {len(few)} op codes, median",
             stats.median(size_ratios),
             1.05,
-            bound="both look up one row: what is left is the noise of the timing",
+            bound="both look up one row, so the rest is noise of the timing",
             numbers={"ratios": size_ratios},
         )
     )
@@ -130,10 +130,10 @@ def measure_extraction(args: argparse.Namespace, device: torch.device) -> list[R
 def extraction_work(
     model: VisionTransformer, few: MaskTable, few_code: int, many: MaskTable, many_code: int
 ) -> dict[str, Callable[[], Any]]:
-    """Extraction from either table, with and without shared memory, and plain clones of what each has to copy."""
-    borrowed = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Name -> function: extraction from either table into own or shared memory, and plain clones of what it copies."""
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
     own, shared = (list(extract(model, few.rows[few_code], share).parameters()) for share in (False, True))
-    copied = [p for p in shared if p.untyped_storage().data_ptr() not in borrowed]
+    copied = [p for p in shared if p.untyped_storage().data_ptr() not in storages]
     return {
         "own_few": lambda: extract(model, few.widths(few_code)),
         "own_many": lambda: extract(model, many.widths(many_code)),
@@ -149,12 +149,12 @@ def extraction_work(
 
 
 def measure_start(args: argparse.Namespace, _device: torch.device) -> list[Row]:
-    """The entry points' --help, each in a process of its own, against an import of torch and timm."""
+    """Time of `main.py --help` and `reparam.py --help`, compared with an import of torch and timm."""
     cpu = torch.device("cpu")
     rows = []
     for program in ("main.py", "reparam.py"):
         variants = {"help": partial(run_python, program, "--help"), "import": partial(run_python, "-c", IMPORTS)}
-        seconds = alternate(variants, cpu, repeats=args.repeats, warmup=1, clock=args.clock)
+        seconds = time_alternately(variants, cpu, repeats=args.repeats, warmup=1, clock=args.clock)
         slowest = ", ".join(f"{name} {ms:.0f}" for name, ms in slowest_imports(program))
         rows.append(
             Row(
@@ -162,7 +162,7 @@ def measure_start(args: argparse.Namespace, _device: torch.device) -> list[Row]:
                 f'python -c "{IMPORTS}"',
                 ratio(seconds["help"], seconds["import"]),
                 1.2,
-                bound=f"imports that take longest beside torch and timm, ms: {slowest}",
+                bound=f"slowest imports other than torch and timm, in ms: {slowest}",
                 numbers=timing_numbers(seconds, "import"),
             )
         )
@@ -173,7 +173,7 @@ IMPORTS = "import torch, timm"
 
 
 def run_python(*arguments: str) -> str:
-    """Runs this Python in the repository root; returns what it wrote on stderr."""
+    """Runs this Python interpreter in the repository root and returns its stderr."""
     command = [sys.executable, *arguments]
     return subprocess.run(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True
@@ -181,7 +181,7 @@ def run_python(*arguments: str) -> str:
 
 
 def slowest_imports(program: str, count: int = 5) -> list[tuple[str, float]]:
-    """(package, ms) of the packages whose own modules take longest to import for `program --help`."""
+    """(package, ms) of the packages that take longest to import in `program --help`, without what they import."""
     totals: dict[str, float] = {}
     for line in run_python("-X", "importtime", program, "--help").splitlines():
         own, _, name = line.removeprefix("import time:").split("|") if line.count("|") == 2 else ("", "", "")

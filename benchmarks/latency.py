@@ -1,6 +1,6 @@
-"""Time of extracted models against their MACs: sizes of one table, each batch size, eager and compiled.
+"""Time of extracted models compared with their MACs: sizes of one mask table, at each batch size, eager and compiled.
 
-With --steps: what cutting 4 dims of each head, or 4 hidden units, gains where the rest is not a multiple of 8.
+With --steps: whether widths that are no multiple of 8 are slower: w - 4 dims per head or hidden units against w.
 
 Run from the repository root:  python -m benchmarks.latency
 On a GPU:                      python -m benchmarks.latency --device cuda --model deit_small_patch16_224 --amp
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from benchmarks.common import (
     Row,
-    alternate,
     describe_machine,
     make_model,
     make_parser,
@@ -31,6 +30,7 @@ from benchmarks.common import (
     random_batch,
     ratio,
     report,
+    time_alternately,
     timing_numbers,
 )
 from benchmarks.sizes import tables
@@ -44,12 +44,12 @@ from supernet.selection import evenly_spaced
 from utils import run_program
 
 MODES = ("eager", "compile")
-OP_CODES = 400  # of the table that the sizes are taken from, where no --mask-table is given
+OP_CODES = 400  # in the random table that is used without --mask-table
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """torch.compile for one shape of input, the whole model in one graph."""
-    # All sizes share one forward in the code, and each counts as a recompilation of it: the limit is for accidents.
+    """torch.compile for one input shape, with the whole model in one graph."""
+    # All sizes share the code of one forward(), so each counts as a recompilation and the default limit is too low.
     torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 1000
     return torch.compile(model, dynamic=False, fullgraph=True)
 
@@ -63,14 +63,14 @@ def forward(model: nn.Module, images: Tensor, amp: torch.dtype | None) -> Tensor
 def measure_sizes(
     args: argparse.Namespace, device: torch.device, models: dict[int, VisionTransformer], mode: str, batch_size: int
 ) -> list[Row]:
-    """A row for each op code: its time over that of the ideal line, which goes through (0, 0) and the whole network."""
+    """One row per op code: its time divided by the ideal one, which is proportional to the MACs."""
     images, _ = random_batch(models[0], batch_size, device)
     amp = torch.bfloat16 if args.amp else None
     variants = {
         str(code): partial(forward, compiled(model) if mode == "compile" else model, images, amp)
         for code, model in models.items()
     }
-    seconds = alternate(variants, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)
+    seconds = time_alternately(variants, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)
     rows, larger = [], None
     for code, model in models.items():
         own, whole = seconds[str(code)], seconds["0"]
@@ -98,7 +98,7 @@ def measure_sizes(
 def measure_steps(
     args: argparse.Namespace, device: torch.device, model: VisionTransformer, batch_size: int
 ) -> list[Row]:
-    """A row for each multiple of 8 dims per head (for some of hidden units): the time with 4 fewer, everywhere."""
+    """One row per multiple of 8 dims per head or hidden units (of the latter a selection): the time with 4 fewer."""
     full, amp = full_widths(model), torch.bfloat16 if args.amp else None
     images, _ = random_batch(model, batch_size, device)
     rows = []
@@ -108,10 +108,10 @@ def measure_steps(
         for width in range(every, least + 1, every):
             variants = {}
             for name, kept in (("multiple", width), ("fewer", width - 4)):
-                # Where the stages of a Swin differ, the MLPs of the others are left as they are.
+                # In a Swin, only the stages of the smallest width are cut.
                 cut = {key: kept for key, most in full.items() if key.endswith(kind) and most == least}
                 variants[name] = partial(forward, extract(model, full | cut), images, amp)
-            seconds = alternate(variants, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)
+            seconds = time_alternately(variants, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)
             rows.append(
                 Row(
                     f"batch {batch_size}, {width - 4} {what}",
@@ -124,7 +124,7 @@ def measure_steps(
 
 
 def facts_of(model: VisionTransformer) -> dict[str, Any]:
-    """What may decide a size's time: its MACs, and the distinct dims per head and hidden units of its modules."""
+    """What the time of a size may depend on: its MACs, and the distinct widths of its modules."""
     widths = full_widths(model)
     return {
         "macs": count_macs(model),
@@ -136,7 +136,7 @@ def facts_of(model: VisionTransformer) -> dict[str, Any]:
 
 
 def save(results: dict[str, Any], path: Path) -> None:
-    """The results as a file and, of sizes, the picture beside it."""
+    """Writes the results as JSON and, unless they are of --steps, a picture next to it."""
     write_text(path, json.dumps(results, indent=1) + "\n")
     sizes = [row["numbers"] for row in results["rows"] if "macs_share" in row["numbers"]]
     if sizes:
@@ -146,7 +146,7 @@ def save(results: dict[str, Any], path: Path) -> None:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Sizes: a line each, its ms in each mode and batch and (in brackets) the ratio to the ideal line. Or the steps."""
+    """A table with one line per size: ms and, in brackets, the ratio to the ideal time. Or one line per step."""
     rows = [row for row in results["rows"] if "macs_share" in row["numbers"]]
     if not rows:
         lines = ["| kept | time, against 4 more |", "|---|---|"]
@@ -174,13 +174,13 @@ def _range(values: list[int]) -> str:
 
 def main() -> None:
     parser = make_parser(__doc__.splitlines()[0], model="deit_tiny_patch16_224", batch_size=1, repeats=20)
-    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 64], help="in place of --batch-size")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="how a model is run")
-    parser.add_argument("--sizes", type=positive, default=12, help="how many, evenly spaced in MACs")
-    parser.add_argument("--mask-table", type=Path, help="of --model; None: one of random importance, from --seed")
-    parser.add_argument("--steps", action="store_true", help="4 dims or units fewer than a multiple of 8, not sizes")
-    parser.add_argument("--output", type=Path, help="the JSON also goes there, and a picture of sizes beside it")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 64], help="replaces --batch-size")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="how the models are run")
+    parser.add_argument("--sizes", type=positive, default=12, help="number of sizes, evenly spaced in MACs")
+    parser.add_argument("--mask-table", type=Path, help="table of --model; None: from random importance")
+    parser.add_argument("--steps", action="store_true", help="measure 4 dims fewer than a multiple of 8, not sizes")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file, and a picture next to it")
+    parser.add_argument("--amp", action="store_true", help="use bfloat16 autocast")
     args = parser.parse_args()
     device = prepare(args, parser)
     model = make_model(args, device).eval()

@@ -1,7 +1,7 @@
-"""Module sensitivity with kept block inputs against doing it plainly: time, branch forwards, and the same gammas.
+"""Module sensitivity with kept branch inputs compared with the plain way: time, branch forwards, and equal gammas.
 
-Plainly means: extract the network without one module, run it, for each module. Ends with exit code 1 where the
-gammas differ by more than 1e-6.
+The plain way extracts and runs, for each module, the network without it. The exit code is 1 if the gammas differ by
+more than 1e-6.
 
 Run from the repository root:  python -m benchmarks.sensitivity
 A quick look, in seconds:      python -m benchmarks.sensitivity --images 1 --batch-size 1 --repeats 1 --warmup 1
@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from benchmarks.common import (
     Row,
-    alternate,
     describe_machine,
     make_model,
     make_parser,
@@ -29,6 +28,7 @@ from benchmarks.common import (
     random_batch,
     ratio,
     report,
+    time_alternately,
     timing_numbers,
 )
 from benchmarks.sizes import half_widths
@@ -43,8 +43,8 @@ TOLERANCE = 1e-6
 
 def main() -> None:
     parser = make_parser(__doc__.splitlines()[0], model="deit_tiny_patch16_224", batch_size=4, repeats=3)
-    parser.add_argument("--images", type=positive, default=4, help="proxy images")
-    parser.add_argument("--half", action="store_true", help="at half the MACs, some branches bypassed already")
+    parser.add_argument("--images", type=positive, default=4, help="number of proxy images")
+    parser.add_argument("--half", action="store_true", help="at half of the MACs, with some branches bypassed")
     args = parser.parse_args()
     device = prepare(args, parser)
     whole = make_model(args, device).eval()
@@ -64,7 +64,7 @@ def main() -> None:
         "plain": lambda: plain_gammas(networks_without(whole, widths), batches),
         "plain_forwards": partial(plain_gammas, extracted, batches),
     }
-    seconds = alternate(variants, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)
+    seconds = time_alternately(variants, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)
 
     name = f"module sensitivity, {args.model}, {args.images} images"
     branches = sum(width > 0 for width in widths.values())
@@ -88,7 +88,7 @@ def main() -> None:
             numbers={"largest_gamma": largest, "above_0": sum(value > 0 for value in expected.values())},
         ),
     ]
-    print(f"branch forwards a batch: {counts['branch_forwards_kept']} with kept inputs, ", end="")
+    print(f"branch forwards per batch: {counts['branch_forwards_kept']} with kept inputs, ", end="")
     print(f"{counts['branch_forwards_plain']} plainly, of a network of {branches} branches")
     print(f"ms: {milliseconds(seconds['kept']):.0f} with kept inputs, {milliseconds(seconds['plain']):.0f} plainly")
     settings = vars(args) | {"macs": count_macs(model), "widths": widths}
@@ -98,15 +98,15 @@ def main() -> None:
 
 
 def timed(name: str, against: str, seconds: dict[str, list[float]], base: str) -> Row:
-    """A row for the time with kept inputs against `base`."""
+    """A row for the time with kept inputs compared with `base`."""
     pair = {key: seconds[key] for key in ("kept", base)}
     return Row(name, against, ratio(pair["kept"], pair[base]), numbers=timing_numbers(pair, base))
 
 
 def informative_batch(model: VisionTransformer, images: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random images with the model's own predictions as targets, its head scaled up until it is sure of them.
+    """Random images with the model's own predictions as targets. Scales the head so that the model is confident.
 
-    With random targets a random model loses nothing when a module is bypassed, and most gammas would be 0.
+    With random targets, bypassing a module of a random model does not raise the loss, and most gammas would be 0.
     """
     batch, _ = random_batch(model, images, device)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def informative_batch(model: VisionTransformer, images: int, device: torch.devic
 def networks_without(
     model: VisionTransformer, widths: dict[str, int]
 ) -> Iterator[tuple[str | None, VisionTransformer]]:
-    """The network at `widths` (key None), then for each module that it runs the network without it, as extracted."""
+    """Yields (None, network at `widths`), then (key, network without that module) for each module not yet bypassed."""
     yield None, extract(model, widths, share_memory=True)
     for key in (key for key, width in widths.items() if width):
         yield key, extract(model, widths | {key: 0}, share_memory=True)
@@ -126,20 +126,20 @@ def networks_without(
 
 @torch.no_grad()
 def plain_gammas(networks: Iterable[tuple[str | None, VisionTransformer]], batches: Batches) -> dict[str, float]:
-    """gamma of each module that one of the networks is without; the first is the network itself."""
+    """Module key -> gamma, from the networks of networks_without()."""
     costs = {key: cross_entropy(network, batches) for key, network in networks}
     cost = costs.pop(None)
     return {key: max(0.0, (without - cost) / cost) for key, without in costs.items()}
 
 
 def cross_entropy(model: VisionTransformer, batches: Batches) -> float:
-    """Mean cross-entropy, in float64 from the logits on."""
+    """Mean cross-entropy, computed in float64 from the logits."""
     total = sum(F.cross_entropy(model(images).double(), target, reduction="sum").item() for images, target in batches)
     return total / sum(len(images) for images, _ in batches)
 
 
 class BranchCount:
-    """Within it, counts the forwards of all attention and MLP branches, of whatever model."""
+    """Context manager that counts the forwards of all attention and MLP branches of all models."""
 
     def __enter__(self) -> BranchCount:
         self.count = 0

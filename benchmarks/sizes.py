@@ -1,4 +1,4 @@
-"""Widths and mask tables to measure at, made from a model's own shapes."""
+"""Widths and mask tables for the benchmarks, made from a model's own shapes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
 from models.backbone import full_widths, modules_of
-from models.macs import count_macs, fixed_macs, macs_per_dim
-from piad.dropout_list import UNITS, grow, unit_sizes
+from models.macs import count_macs
+from piad.dropout_list import UNITS, grow, units_of
 from piad.mask_table import MaskTable
 
 
 def half_widths(model: VisionTransformer) -> dict[str, dict[str, int]]:
-    """Widths of half the MACs (linear convention), or as little under it as whole units allow, in two ways.
+    """Two choices of widths with half of the MACs (linear convention), or just below it where units do not fit exactly.
 
-    uniform: half of every attention, and the same number of units of every MLP.  mixed: every third attention and
-    every fourth MLP bypassed, 3/4 of the other attentions, and the same number of units of the other MLPs.
+    "uniform": half of every attention, and the same number of units in every MLP.
+    "mixed": every third attention and every fourth MLP is bypassed; 3/4 of the other attentions, and the same number of
+    units in every other MLP.
     """
     uniform, mixed = full_widths(model), full_widths(model)
     for key, module in modules_of(model).items():
@@ -28,7 +29,7 @@ def half_widths(model: VisionTransformer) -> dict[str, dict[str, int]]:
 
 
 def _fit_mlps(model: VisionTransformer, widths: dict[str, int], share: float) -> dict[str, int]:
-    """The widths with the most units, the same number in every MLP that runs, at which MACs are within the share."""
+    """Gives all MLPs that are not bypassed the same number of units: as many as the share of the MACs allows."""
     limit, full = share * count_macs(model), full_widths(model)
     for units in range(UNITS["mlp"], 0, -1):
         mlps = {key: full[key] * units // UNITS["mlp"] for key in widths if key.endswith(".mlp") and widths[key]}
@@ -38,30 +39,28 @@ def _fit_mlps(model: VisionTransformer, widths: dict[str, int], share: float) ->
 
 
 def thinnest_widths(model: VisionTransformer) -> dict[str, int]:
-    """One unit of every module."""
+    """Widths that keep one unit of every module."""
     return {key: module.width // UNITS[module.kind] for key, module in modules_of(model).items()}
 
 
 def tables(model: VisionTransformer, op_codes: tuple[int, int], seed: int) -> tuple[MaskTable, MaskTable]:
-    """Two mask tables of so many op codes (fewer, more), from random importance; the first has rows of the second.
+    """Two mask tables from random importance, with op_codes[0] and op_codes[1] > op_codes[0] op codes.
 
-    Importance per MAC descends in each module, and is drawn alike for all: every unit leaves on its own, so that the
-    list is as long as it can be, and all modules shrink side by side.
+    The rows of the smaller table are rows of the larger one. Importance per MAC is drawn from the same distribution for
+    all modules and descends within each: so every unit leaves alone, which gives the longest possible list, and all
+    modules shrink at about the same rate.
     """
     generator = np.random.default_rng(seed)
-    modules = modules_of(model)
-    macs = {key: macs_per_dim(module) for key, module in modules.items()}
-    fixed = {key: fixed_macs(module) for key, module in modules.items()}
-    importance = {key: macs[key] * np.sort(generator.random(module.width))[::-1] for key, module in modules.items()}
-    whole = grow(
-        MaskTable([full_widths(model)]), importance, unit_sizes(modules), macs, 0.875 * count_macs(model), fixed
-    )
+    full, units = full_widths(model), units_of(model)
+    macs = units.macs_per_dim
+    importance = {key: macs[key] * np.sort(generator.random(width))[::-1] for key, width in full.items()}
+    whole = grow(MaskTable([full]), importance, units, 0.875 * count_macs(model))
     few, more = op_codes
-    longer = MaskTable(_evenly(whole.rows, more))
-    return MaskTable(_evenly(longer.rows, few)), longer
+    longer = MaskTable(_evenly_spaced_rows(whole.rows, more))
+    return MaskTable(_evenly_spaced_rows(longer.rows, few)), longer
 
 
-def _evenly(rows: list[dict[str, int]], count: int) -> list[dict[str, int]]:
-    """At most `count` of the rows, the first and the last among them."""
+def _evenly_spaced_rows(rows: list[dict[str, int]], count: int) -> list[dict[str, int]]:
+    """At most `count` of the rows, evenly spaced, with the first and the last."""
     places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
     return [rows[place] for place in places]

@@ -1,4 +1,4 @@
-"""The speed of the project's parts against what each is measured by.
+"""The speed of each part of the project, compared with its baseline.
 
 Run from the repository root:  python -m benchmarks.speed            (about ten minutes on two cores)
 A quick look, in seconds:      python -m benchmarks.speed --only step --repeats 1 --warmup 1 --batch-size 2
@@ -33,9 +33,13 @@ PARTS: dict[str, Callable[[argparse.Namespace, torch.device], list[Row]]] = {
 def main() -> None:
     parser = make_parser(__doc__.splitlines()[0], model="deit_tiny_patch16_224", batch_size=32, repeats=10)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="the parts to measure")
-    parser.add_argument("--images", type=positive, default=128, help="proxy images for the statistics")
-    parser.add_argument("--forward-batch-sizes", type=positive, nargs="+", default=[1, 8, 64], help="for the forward")
-    parser.add_argument("--extraction-model", default="deit_base_patch16_224", help="the backbone to extract from")
+    parser.add_argument("--images", type=positive, default=128, help="number of proxy images for the statistics")
+    parser.add_argument(
+        "--forward-batch-sizes", type=positive, nargs="+", default=[1, 8, 64], help="batch sizes of the forward part"
+    )
+    parser.add_argument(
+        "--extraction-model", default="deit_base_patch16_224", help="backbone of the extraction and compensation parts"
+    )
     args = parser.parse_args()
     device = prepare(args, parser)
     rows = [row for name in args.only for row in PARTS[name](args, device)]

@@ -1,4 +1,4 @@
-"""Measurements of the passes with gradients: WPAC's statistics and PIAD's steps. See benchmarks.speed."""
+"""Benchmarks of the passes with gradients: the statistics of WPAC and the steps of PIAD. Run by benchmarks.speed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from benchmarks.common import (
     CLOCKS,
     Row,
-    alternate,
     in_new_process,
     make_model,
     milliseconds,
     peak_bytes,
     random_batch,
     ratio,
+    time_alternately,
     timing_numbers,
 )
 from benchmarks.sizes import half_widths
@@ -39,9 +39,9 @@ from wpac.statistics import collect_statistics
 
 
 def measure_statistics(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """collect_statistics() against a plain forward and backward over the same batches: time and peak memory."""
+    """Time and peak memory of collect_statistics(), compared with a plain forward and backward pass."""
     work = statistics_work(args, device)
-    seconds = alternate(work, device, repeats=args.repeats, warmup=1, clock=args.clock)
+    seconds = time_alternately(work, device, repeats=args.repeats, warmup=1, clock=args.clock)
     peaks = {name: in_new_process(statistics_peak, args, name) for name in work}
     sums, outputs = (milliseconds(seconds[k]) - milliseconds(seconds["gradients"]) for k in ("statistics", "outputs"))
     images = f"{args.model}, {args.images} images"
@@ -51,7 +51,7 @@ def measure_statistics(args: argparse.Namespace, device: torch.device) -> list[R
             "forward + backward, time",
             ratio(seconds["statistics"], seconds["plain"]),
             1.15,
-            bound=f"the weighted sums in float64 take {sums:.0f} ms; the same pass with hooks that sum nothing is "
+            bound=f"the weighted sums in float64 take {sums:.0f} ms; the same pass with hooks but without sums is "
             f"{ratio(seconds['gradients'], seconds['plain']):.3f} x",
             numbers=timing_numbers(seconds, "plain"),
         ),
@@ -60,7 +60,7 @@ def measure_statistics(args: argparse.Namespace, device: torch.device) -> list[R
             "forward + backward, peak memory",
             peaks["statistics"] / peaks["plain"],
             1.3,
-            bound=f"with hooks that sum nothing it is {peaks['gradients'] / peaks['plain']:.3f} x",
+            bound=f"with hooks but without sums it is {peaks['gradients'] / peaks['plain']:.3f} x",
             numbers={f"peak_bytes_{name}": peak for name, peak in peaks.items()},
         ),
         Row(
@@ -68,14 +68,14 @@ def measure_statistics(args: argparse.Namespace, device: torch.device) -> list[R
             "forward + backward, time",
             ratio(seconds["outputs"], seconds["plain"]),
             1.5,
-            bound=f"the sums, of the inputs of every last layer too, take {outputs:.0f} ms",
+            bound=f"the sums, which include the inputs of every last layer, take {outputs:.0f} ms",
             numbers=timing_numbers(seconds, "plain"),
         ),
     ]
 
 
 def statistics_work(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Each a pass over the same batches; "gradients" is the pass of the statistics without the statistics."""
+    """Name -> a pass over the same batches; "gradients" has the hooks of the statistics but computes no sums."""
     model = make_model(args, device).eval()
     images, targets = random_batch(model, args.images, device)
     batches = list(zip(images.split(args.batch_size), targets.split(args.batch_size), strict=True))
@@ -95,7 +95,7 @@ def statistics_work(args: argparse.Namespace, device: torch.device) -> dict[str,
 
 
 def statistics_peak(args: argparse.Namespace, name: str) -> int:
-    """Peak bytes of one of statistics_work(), beyond the model and the images; called in a process of its own."""
+    """Peak memory of one pass of statistics_work() in bytes, without model and images. Call in a new process."""
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -103,7 +103,7 @@ def statistics_peak(args: argparse.Namespace, name: str) -> int:
 
 
 class NoCollector:
-    """Takes what tap() feeds and does nothing with it."""
+    """A models.taylor.Collector that discards its input."""
 
     def update(self, x: Tensor, g: Tensor) -> None:
         pass
@@ -114,12 +114,12 @@ class NoCollector:
 
 
 class Step:
-    """A training step of a model on one batch: set_widths (of a super-network), forward, loss, backward, AdamW."""
+    """A training step on one batch: set_widths() (of a super-network), forward, loss, backward, AdamW."""
 
     def __init__(
         self, model: VisionTransformer, batch: tuple[Tensor, Tensor], device: torch.device, widths: dict | None = None
     ):
-        """widths: what the super-network `model` is set to at each step; None for a model with no set_widths()."""
+        """widths: set at each step if `model` is a super-network; None for other models."""
         self.model, self.batch, self.device, self.widths = model.train(), batch, device, widths
         self.optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-5, weight_decay=0.05)
         self.phases: dict[str, list[float]] = {}
@@ -138,7 +138,7 @@ class Step:
         mark("optimizer")
 
     def timed(self, clock: Callable[[], float]) -> None:
-        """A step whose phases are timed, each to its end on the device."""
+        """A step whose phases are timed; the device is synchronized after each phase."""
         synchronize(self.device)
         last = clock()
 
@@ -152,22 +152,23 @@ class Step:
         self(mark)
 
     def phase_milliseconds(self) -> dict[str, float]:
+        """Phase -> median time."""
         return {phase: milliseconds(seconds) for phase, seconds in self.phases.items()}
 
 
 def measure_step(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """A PIAD step at full width against the same step of the stock model."""
+    """Time of a PIAD step at full widths, compared with the same step of the stock model."""
     model = make_model(args, device)
     batch = random_batch(model, args.batch_size, device)
     widths = {key: module.width for key, module in modules_of(model).items()}
     super_network = make_elastic(make_model(args, device))
     name = f"PIAD step, full width, {args.model}, batch {args.batch_size}"
     step, base = Step(super_network, batch, device, widths), Step(model, batch, device)
-    return [_compared_steps(args, device, name, "stock model's step", step, base, reach=1.05)]
+    return [_compared_steps(args, device, name, "stock model's step", step, base, goal=1.05)]
 
 
 def measure_half_step(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """A PIAD step at half the MACs against the same step of the extracted model of those widths."""
+    """Time of a PIAD step at half of the MACs, compared with the same step of the extracted model."""
     rows = []
     for kind, widths in half_widths(make_model(args, device)).items():
         super_network = make_elastic(make_model(args, device))
@@ -176,7 +177,7 @@ def measure_half_step(args: argparse.Namespace, device: torch.device) -> list[Ro
         share = count_macs(small) / count_macs(super_network)
         name = f"PIAD step, half the MACs, {kind}, {args.model}, batch {args.batch_size}"
         step, base = Step(super_network, batch, device, widths), Step(small, batch, device)
-        row = _compared_steps(args, device, name, "extracted model's step", step, base, reach=1.10)
+        row = _compared_steps(args, device, name, "extracted model's step", step, base, goal=1.10)
         row.numbers |= {
             "macs_share": share,
             "widths": widths,
@@ -188,19 +189,19 @@ def measure_half_step(args: argparse.Namespace, device: torch.device) -> list[Ro
 
 
 def _compared_steps(
-    args: argparse.Namespace, device: torch.device, what: str, against: str, step: Step, base: Step, reach: float
+    args: argparse.Namespace, device: torch.device, what: str, against: str, step: Step, base: Step, goal: float
 ) -> Row:
     rounds = {"repeats": args.repeats, "warmup": args.warmup, "clock": args.clock}
-    seconds = alternate({"step": step, "base": base}, device, **rounds)
+    seconds = time_alternately({"step": step, "base": base}, device, **rounds)
     timed = {"step": partial(step.timed, CLOCKS[args.clock]), "base": partial(base.timed, CLOCKS[args.clock])}
-    alternate(timed, device, repeats=max(3, args.repeats // 3), warmup=0)
+    time_alternately(timed, device, repeats=max(3, args.repeats // 3), warmup=0)
     phases, base_phases = step.phase_milliseconds(), base.phase_milliseconds()
     more = ", ".join(f"{phase} {phases[phase] - base_phases[phase]:+.1f}" for phase in phases)
     return Row(
         what,
         against,
         ratio(seconds["step"], seconds["base"]),
-        reach,
-        bound=f"of {milliseconds(seconds['base']):.1f} ms, ms more or less in: {more}",
+        goal,
+        bound=f"the base takes {milliseconds(seconds['base']):.1f} ms; difference in ms by phase: {more}",
         numbers=timing_numbers(seconds, "base") | {"phases_ms_step": phases, "phases_ms_base": base_phases},
     )

@@ -1,10 +1,11 @@
-"""timm's transformers: which are supported, making one, and naming its modules."""
+"""timm's transformers: which are supported, how one is created, and what modules it has."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
@@ -18,6 +19,8 @@ from torch import nn
 
 from utils import UserError, first_line
 
+from .subnetwork import blocks_of, cuts_v_alone, first_layers, resize, structure, value_layer_name
+
 # The authors' names for the DeiT models.
 ALIASES = {
     "vit_tiny": "deit_tiny_patch16_224",
@@ -30,21 +33,16 @@ Backbone = VisionTransformer | Eva | SwinTransformer | SwinTransformerV2
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of timm model: its classes and where timm defines them.
-
-    attn: the children of a block that make up its attention branch; mlp: likewise.
-    """
+    """A kind of timm model: its classes and the files in which timm defines them."""
 
     names: str
     files: tuple[str, ...]
     model: type[nn.Module]
     block: type[nn.Module]
     attentions: tuple[type[nn.Module], ...]
-    attn: tuple[str, ...] = ("norm1", "attn", "drop_path1")
-    mlp: tuple[str, ...] = ("norm2", "mlp", "drop_path2")
 
 
-# What is supported. Blocks stand in model.blocks, or, of Swin, in model.layers[stage].blocks.
+# The supported families. Their blocks are in model.blocks, or, for Swin, in model.layers[stage].blocks.
 FAMILIES = (
     Family(
         "vit_*, deit_*, deit3_*",
@@ -52,8 +50,6 @@ FAMILIES = (
         model=VisionTransformer,
         block=Block,
         attentions=(Attention,),
-        attn=("norm1", "attn", "ls1", "drop_path1"),
-        mlp=("norm2", "mlp", "ls2", "drop_path2"),
     ),
     Family(
         "vit_*_rope_*, vit_*_dinov3, eva02_*",
@@ -61,8 +57,6 @@ FAMILIES = (
         model=Eva,
         block=EvaBlock,
         attentions=(AttentionRope, EvaAttention),
-        attn=("norm1", "attn", "gamma_1", "drop_path1"),
-        mlp=("norm2", "mlp", "gamma_2", "drop_path2"),
     ),
     Family("swin_*", ("swin_transformer",), SwinTransformer, SwinTransformerBlock, (WindowAttention,)),
     Family("swinv2_*", ("swin_transformer_v2",), SwinTransformerV2, SwinTransformerV2Block, (CosineWindowAttention,)),
@@ -73,14 +67,14 @@ SUPPORTED = "; ".join(family.names for family in FAMILIES)
 
 @dataclass(frozen=True)
 class Module:
-    """One branch of one block, as it stands in a model.
+    """One branch of one block of a model.
 
     width: dims per head (attn) or hidden units (mlp); 0 where the branch is bypassed.
-    heads: 1 for an MLP.  dim: D, the dimension of the stream at the block.
-    tokens: N that its layers run on.  keys: the tokens that a query sees, N or those of its window.
-    parts: of an attention 3, or 1 where v alone is cut: norms of q and k, rotary embeddings and cosines do not let q
-    and k be rotated.  Of an MLP the rows of its first layer for each unit: 2 where it is gated.
-    head_dim: of q and k, where they are not cut.
+    heads: 1 for an MLP.  dim: D, the embedding dimension at the block.
+    tokens: N, the tokens that its layers process.  keys: the tokens that a query attends to: N, or those of its window.
+    parts: for an attention, 3 (q, k, v), or 1 where v alone is cut (subnetwork.cuts_v_alone); for an MLP, the rows of
+    its first layer per unit, 2 where it is gated.
+    head_dim: dims per head of q and k, which differ from the width where v alone is cut.
     """
 
     key: str
@@ -95,16 +89,8 @@ class Module:
     head_dim: int = 0
 
 
-def family_of(model: nn.Module) -> Family:
-    """Raises UserError for a model of no family."""
-    for family in FAMILIES:
-        if isinstance(model, family.model):
-            return family
-    raise UserError(f"a {type(model).__name__} is not supported; these are: {SUPPORTED}")
-
-
 def family_named(name: str) -> Family:
-    """By timm's name of a model. Raises UserError for one of no family."""
+    """The family of a model by its name in timm. Raises UserError for a model of no family."""
     name = ALIASES.get(name, name)
     for family in FAMILIES:
         if timm.models.is_model_in_modules(name, family.files):
@@ -112,18 +98,26 @@ def family_named(name: str) -> Family:
     raise UserError(f"{name} is not supported; these are: {SUPPORTED}")
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks, in running order."""
-    if isinstance(model, SwinTransformer | SwinTransformerV2):
-        return [block for stage in model.layers for block in stage.blocks]
-    return list(model.blocks)
-
-
 def create_backbone(name: str, *, pretrained: bool = False, **model_kwargs: Any) -> Backbone:
     """timm.create_model for the transformers that this project supports.
 
     Raises UserError for an unknown name (with near ones), bad arguments, or a model of another kind.
     """
+    return _made_by(partial(timm.create_model, pretrained=pretrained, **model_kwargs), name, model_kwargs)
+
+
+def create_subnetwork(name: str, model_kwargs: dict[str, Any], widths: dict[str, int]) -> Backbone:
+    """The structure of a sub-network, for load_state_dict(..., assign=True); its weights may be on the meta device.
+
+    Raises UserError as create_backbone() does, and for widths that do not fit the model.
+    """
+    model = _made_by(partial(structure, model_kwargs=model_kwargs), name, model_kwargs)
+    check_widths(model, widths)
+    resize(model, widths)
+    return model
+
+
+def _made_by(make: Callable[[str], nn.Module], name: str, model_kwargs: dict[str, Any]) -> Backbone:
     name = ALIASES.get(name, name)
     if not timm.is_model(name):
         files = [file for family in FAMILIES for file in family.files]
@@ -131,7 +125,7 @@ def create_backbone(name: str, *, pretrained: bool = False, **model_kwargs: Any)
         near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4)) or "deit_tiny_patch16_224"
         raise UserError(f"unknown model {name!r}; near names: {near}")
     try:
-        model = timm.create_model(name, pretrained=pretrained, **model_kwargs)
+        model = make(name)
     except Exception as error:  # timm asserts, raises TypeError for unknown arguments, and hub errors of many types
         raise UserError(f"timm could not make {name} with {model_kwargs}: {first_line(error)}") from error
     check_supported(model, name)
@@ -139,7 +133,7 @@ def create_backbone(name: str, *, pretrained: bool = False, **model_kwargs: Any)
 
 
 def check_supported(model: nn.Module, name: str) -> None:
-    """Raises UserError, with the reason, unless the model is of a family and its blocks are of that family's kind."""
+    """Raises UserError, with the reason, unless the model and all its blocks are of a supported family."""
     family = next((family for family in FAMILIES if isinstance(model, family.model)), None)
     reason = None
     if family is None:
@@ -171,7 +165,7 @@ def _unsupported(family: Family, block: nn.Module, index: int) -> str | None:
 
 
 def modules_of(model: nn.Module) -> dict[str, Module]:
-    """The modules of a backbone, or of a sub-network cut from one, in running order; keys "0.attn", "0.mlp", ..."""
+    """The modules of a backbone or a sub-network in running order; keys "0.attn", "0.mlp", "1.attn", ..."""
     found = {}
     for index, (block, tokens, padded, keys) in enumerate(_blocks_and_tokens(model)):
         dim = getattr(block, "dim", None) or model.embed_dim
@@ -189,7 +183,7 @@ def modules_of(model: nn.Module) -> dict[str, Module]:
 
 
 def _blocks_and_tokens(model: nn.Module) -> Iterator[tuple[nn.Module, int, int, int]]:
-    """(block, N of its MLP, N of its attention, keys of a query): windows pad what does not divide into them."""
+    """(block, N of its MLP, N of its attention, keys per query); the attention of a Swin pads to whole windows."""
     if not isinstance(model, SwinTransformer | SwinTransformerV2):
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
         yield from ((block, tokens, tokens, tokens) for block in model.blocks)
@@ -202,34 +196,22 @@ def _blocks_and_tokens(model: nn.Module) -> Iterator[tuple[nn.Module, int, int, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The layers of a module, whatever timm calls them
-
-
-def cuts_v_alone(attn: nn.Module) -> bool:
-    """Whether q and k stay whole, since a rotation of them would change the scores."""
-    if isinstance(attn, Attention):
-        return not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity))
-    return not isinstance(attn, WindowAttention)
+# The layers of a module
 
 
 def value_layer(attn: nn.Module) -> nn.Linear:
-    """The layer whose last rows are v: that of q, k and v together, or its own."""
-    return attn.qkv if attn.qkv is not None else attn.v_proj
-
-
-def value_layer_name(attn: nn.Module) -> str:
-    """What timm calls value_layer()."""
-    return "qkv" if attn.qkv is not None else "v_proj"
+    """The layer whose last rows give v: `qkv`, or `v_proj`."""
+    return getattr(attn, value_layer_name(attn))
 
 
 def value_bias(attn: nn.Module) -> nn.Parameter | None:
-    """The bias whose last entries are v's: the layer's, or where timm keeps it beside the layer, v's alone."""
+    """The bias whose last entries belong to v: that of the layer, or a parameter that timm keeps beside it."""
     bias = getattr(attn, "v_bias", None)
     return value_layer(attn).bias if bias is None else bias
 
 
 def attention_width(attn: nn.Module) -> tuple[int, int, int]:
-    """Dims per head that are kept, the parts that are cut (3, or 1: v alone), and the dims per head of q and k."""
+    """(width, parts, head_dim) of Module for an attention."""
     layer = value_layer(attn)
     if not cuts_v_alone(attn):
         width = layer.out_features // (3 * attn.num_heads)
@@ -238,18 +220,13 @@ def attention_width(attn: nn.Module) -> tuple[int, int, int]:
     return attn.proj.in_features // attn.num_heads, 1, head_dim
 
 
-def first_layers(mlp: nn.Module | None) -> dict[str, nn.Linear]:
-    """name -> layer: one, whose rows are the units or, gated, the units twice; or two."""
-    return {name: getattr(mlp, name) for name in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, name)}
-
-
 def last_layer(block: nn.Module, kind: str) -> nn.Linear:
-    """The linear layer that ends a branch; its inputs are what a width cuts."""
+    """The last linear layer of a branch, whose inputs a width cuts: `proj` or `fc2`."""
     return block.attn.proj if kind == "attn" else block.mlp.fc2
 
 
 def full_widths(model: nn.Module) -> dict[str, int]:
-    """The widths at which the model stands: of a backbone, the full ones."""
+    """The widths of the model as it is: of a backbone, the full widths."""
     return {key: module.width for key, module in modules_of(model).items()}
 
 

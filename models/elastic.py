@@ -13,17 +13,21 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backbone import (
-    Backbone,
-    blocks_of,
-    check_widths,
-    cuts_v_alone,
-    family_of,
-    full_widths,
-    value_layer,
-)
-from .parts import Bypass, BypassBlock, BypassEvaBlock, BypassSwinBlock, BypassSwinV2Block, parameters_of
+from .backbone import Backbone, check_widths, full_widths, value_layer
 from .slices import attention_slices, first_of_v, last_layer_slices, mlp_slices
+from .subnetwork import (
+    Bypass,
+    BypassBlock,
+    BypassEvaBlock,
+    BypassSwinBlock,
+    BypassSwinV2Block,
+    ValueLayer,
+    ValueProjection,
+    blocks_of,
+    branch_parameters,
+    cuts_v_alone,
+    set_value_width,
+)
 
 
 class ElasticAttention(Attention):
@@ -123,49 +127,14 @@ class ElasticSwiGLU(SwiGLU):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention of which v alone is cut: timm's own forward, between two layers that leave dims of v out.
-
-
-class ValueLayer(nn.Linear):
-    """Gives (q, k and) v where v has but `width` dims of each head; the others of head_dim are 0, so shapes stay."""
-
-    num_heads: int
-    head_dim: int
-    width: int
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., D) -> (..., others + H head_dim)."""
-        return self.spread(super().forward(x))
-
-    def spread(self, x: Tensor) -> Tensor:
-        """(..., others + H width) -> (..., others + H head_dim)."""
-        kept = self.num_heads * self.width
-        others, v = x.split([x.shape[-1] - kept, kept], dim=-1)
-        v = F.pad(v.unflatten(-1, (self.num_heads, self.width)), (0, self.head_dim - self.width))
-        return torch.cat([others, v.flatten(-2)], dim=-1)
-
-
-class ValueProjection(nn.Linear):
-    """The output projection of an attention of which v has but `width` dims of each head: it reads those."""
-
-    num_heads: int
-    head_dim: int
-    width: int
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., H head_dim) -> (..., D)."""
-        return super().forward(self.kept(x))
-
-    def kept(self, x: Tensor) -> Tensor:
-        """(..., H head_dim) -> (..., H width)."""
-        return x.unflatten(-1, (self.num_heads, self.head_dim))[..., : self.width].flatten(-2)
+# Attention of which v alone is cut
 
 
 class ElasticValueLayer(ValueLayer):
-    """One that slices the whole weights."""
+    """A ValueLayer with whole weights, which it slices."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., D) -> (..., others + H head_dim)."""
+        """x: (..., D) -> (..., rows of q and k + H head_dim)."""
         if self.width == self.head_dim:
             return F.linear(x, self.weight, self.bias)
         size = self.num_heads, self.head_dim, self.width
@@ -174,7 +143,7 @@ class ElasticValueLayer(ValueLayer):
 
 
 class ElasticValueProjection(ValueProjection):
-    """One that slices the whole weights."""
+    """A ValueProjection with whole weights, which it slices."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., H head_dim) -> (..., D)."""
@@ -184,43 +153,38 @@ class ElasticValueProjection(ValueProjection):
         return F.linear(self.kept(x), weights["proj.weight"], weights.get("proj.bias"))
 
 
-def set_value_width(attn: nn.Module, width: int, head_dim: int) -> None:
-    """Tells the two layers; and where timm adds biases beside a cut layer, it is to call that layer, not its weight."""
-    for layer in (value_layer(attn), attn.proj):
-        layer.num_heads, layer.head_dim, layer.width = attn.num_heads, head_dim, width
-    if getattr(attn, "v_bias", None) is not None:
-        attn.qkv_bias_separate = width < head_dim or getattr(attn, "bias_separate_when_whole", False)
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
 
 
 class Elastic(Bypass):
-    """Before timm's block in a class: its parameters always have a gradient, zero where a branch is bypassed."""
+    """A block in training: its parameters always have a gradient, which is zero where a branch is bypassed."""
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """x: (B, N, D), of a Swin (B, H, W, D) -> the same."""
+        """x: (B, N, D), of a Swin (B, H, W, D) -> the same shape."""
         if self.bypassed and torch.is_grad_enabled():
             x = _ZeroGradients.apply(x, *self.bypassed_parameters())
         return super().forward(x, **kwargs)
 
     def bypassed_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the branches that add nothing now."""
-        family = self.family
-        return [p for kind in sorted(self.bypassed) for p in parameters_of(family, self, kind)]
+        """The parameters of the branches that are bypassed now."""
+        return [p for kind in sorted(self.bypassed) for p in branch_parameters(self, kind)]
 
 
 class ElasticBlock(Elastic, BypassBlock):
-    """A ViT's."""
+    """timm's Block, elastic."""
 
 
 class ElasticEvaBlock(Elastic, BypassEvaBlock):
-    """An EVA's."""
+    """timm's EvaBlock, elastic."""
 
 
 class ElasticSwinBlock(Elastic, BypassSwinBlock):
-    """A Swin's."""
+    """timm's SwinTransformerBlock, elastic."""
 
 
 class ElasticSwinV2Block(Elastic, BypassSwinV2Block):
-    """A Swin v2's."""
+    """timm's SwinTransformerV2Block, elastic."""
 
 
 BLOCKS = {
@@ -239,12 +203,12 @@ ELASTIC = {
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """Gives x back, and the parameters a gradient of zero.
+    """Returns x, and gives the parameters a gradient of zero.
 
-    DDP waits for a gradient of every parameter, and a bypassed branch has none. This way costs a fill with zeros where
-    a branch is bypassed, and nothing elsewhere. DDP's own `find_unused_parameters=True` searches the graph at each
-    step; on two CPU processes both ways measure alike (benchmarks/ddp_bypass.py). What decides is that here one
-    process and many agree: out of the slice the gradient is zero, never absent, so the optimizer treats all alike.
+    DDP waits for a gradient of every parameter, and a bypassed branch has none. DDP's `find_unused_parameters=True`
+    would search the graph at each step, which takes about as long on two CPU processes (benchmarks/ddp_bypass.py).
+    With zeros, one process and many processes agree: a gradient outside the slice is zero and never missing, so the
+    optimizer treats all parameters alike.
     """
 
     @staticmethod
@@ -258,15 +222,14 @@ class _ZeroGradients(torch.autograd.Function):
 
 
 def make_elastic(model: Backbone) -> Backbone:
-    """Turns a backbone into a super-network, in place: same parameters, same state dict, full width until told."""
-    family = family_of(model)
+    """Makes a backbone run at any widths, in place: same parameters, same state dict; at full width to begin with."""
     for block in blocks_of(model):
         attn = block.attn
-        block.__class__, block.family = BLOCKS[family.block], family
+        block.__class__ = BLOCKS[type(block)]
         block.mlp.__class__ = ELASTIC[type(block.mlp)]
         if cuts_v_alone(attn):
             value_layer(attn).__class__, attn.proj.__class__ = ElasticValueLayer, ElasticValueProjection
-            attn.proj.branch = (attn,)  # in a tuple, so that it is no child of its own child
+            attn.proj.branch = (attn,)  # in a tuple, so that PyTorch does not take it for a child module
             attn.bias_separate_when_whole = getattr(attn, "qkv_bias_separate", False)
         else:
             attn.__class__ = ELASTIC[type(attn)]
@@ -274,8 +237,34 @@ def make_elastic(model: Backbone) -> Backbone:
     return model
 
 
+def make_plain(model: Backbone) -> None:
+    """Undoes make_elastic(), in place, and takes compensation away; does nothing to a model that has neither."""
+    stock = {elastic: plain for plain, elastic in (BLOCKS | ELASTIC).items()}
+    for block in blocks_of(model):
+        was_elastic = isinstance(block, Elastic)
+        for module in (block, getattr(block, "attn", None), getattr(block, "mlp", None)):
+            if module is None:
+                continue
+            module._modules.pop("compensation", None)
+            if type(module) in stock:
+                module.__class__ = stock[type(module)]
+                _forget(module, "bypassed", "width")
+        if was_elastic and cuts_v_alone(block.attn):
+            for layer in (value_layer(block.attn), block.attn.proj):
+                layer.__class__ = nn.Linear
+                _forget(layer, "num_heads", "head_dim", "width", "branch")
+            if hasattr(block.attn, "qkv_bias_separate"):
+                block.attn.qkv_bias_separate = block.attn.bias_separate_when_whole
+            _forget(block.attn, "bias_separate_when_whole")
+
+
+def _forget(module: nn.Module, *names: str) -> None:
+    for name in names:
+        module.__dict__.pop(name, None)
+
+
 def set_widths(model: Backbone, widths: dict[str, int]) -> None:
-    """Makes a super-network run at `widths` from now on. Raises UserError for widths that do not fit it."""
+    """Makes an elastic model run at `widths` from now on. Raises UserError for widths that do not fit it."""
     check_widths(model, widths)
     for index, block in enumerate(blocks_of(model)):
         attn, width = block.attn, widths[f"{index}.attn"]

@@ -1,16 +1,12 @@
-"""Weights into a backbone."""
+"""Loading weights into a backbone."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from torch import Tensor, nn
 
-from files import load_checkpoint, weights_of
 from utils import UserError, say
 
-from .backbone import Backbone, create_backbone
+from .backbone import Backbone
 
 HEADS = ("head.weight", "head.fc.weight")  # of a vision transformer, of a Swin
 
@@ -29,28 +25,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, assi
     model.load_state_dict(weights, assign=assign)
 
 
-def load_backbone(
-    name: str,
-    model_kwargs: dict[str, Any],
-    *,
-    num_classes: int,
-    checkpoint: Path | None = None,
-    pretrained: bool = False,
-    use_ema: bool = False,
-) -> Backbone:
-    """A backbone with the head of its weights: of the checkpoint, of timm's pretrained ones, else new weights.
-
-    num_classes counts only where no weights say otherwise. Raises UserError for weights of another architecture.
-    """
-    if checkpoint is None:
-        classes = {} if pretrained else {"num_classes": num_classes}
-        return create_backbone(name, pretrained=pretrained, **classes | model_kwargs)
-    weights = weights_of(load_checkpoint(checkpoint), checkpoint, use_ema)
+def head_size(weights: dict[str, Tensor]) -> dict[str, int]:
+    """{"num_classes": classes of the head in the weights}, or {} where they have none."""
     head = next((weights[key] for key in HEADS if key in weights), None)
-    classes = {"num_classes": num_classes if head is None else len(head)}
-    model = create_backbone(name, **classes | model_kwargs)
-    load_weights(model, weights, f"checkpoint {checkpoint}")
-    return model
+    return {} if head is None else {"num_classes": len(head)}
 
 
 def fit_head(model: Backbone, num_classes: int, *, remake: bool) -> None:

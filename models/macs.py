@@ -1,4 +1,4 @@
-"""MACs and parameters, counted from a model's own shapes, for one image."""
+"""MACs per image and parameters, counted from a model's own shapes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
-from .backbone import Backbone, Module, blocks_of, check_widths, family_of, first_layers, modules_of, value_layer
-from .parts import parameters_of
+from .backbone import Backbone, Module, check_widths, modules_of, value_layer
+from .subnetwork import blocks_of, branch_parameters, first_layers
 
 CONVENTIONS = ("linear", "full")
 
 
 def macs_per_dim(module: Module, convention: str = "linear") -> int:
-    """MACs of one dim of a module: MACs grow in proportion to the width, from fixed_macs() on.
+    """MACs per dim: a module of width w > 0 has fixed_macs() + w * macs_per_dim() MACs per image.
 
-    `linear` counts linear layers (the paper's way); `full` adds the two products of attention, q k^T and scores v.
+    Args:
+        module: The module, see models.backbone.modules_of().
+        convention: "linear" counts linear layers (the paper's), "full" adds the attention products q k^T and scores v.
     """
     if module.kind == "mlp":
         return (module.parts + 1) * module.dim * module.tokens
@@ -27,9 +29,10 @@ def macs_per_dim(module: Module, convention: str = "linear") -> int:
 
 
 def fixed_macs(module: Module, convention: str = "linear") -> int:
-    """MACs that a module has at any width but 0: none, but of an attention of which v alone is cut those of q and k.
+    """MACs per image that a module has at any width above 0.
 
-    Its products stay whole as well.
+    They are 0 unless v alone is cut: then the layers of q and k, and in the "full" convention both attention products,
+    do not depend on the width.
     """
     if module.kind == "mlp" or module.parts == 3:
         return 0
@@ -38,11 +41,19 @@ def fixed_macs(module: Module, convention: str = "linear") -> int:
 
 
 def count_macs(model: Backbone, widths: dict[str, int] | None = None, convention: str = "linear") -> int:
-    """MACs for one image of the model as it stands, or of its sub-network at `widths`.
+    """MACs per image of a model, or of its sub-network at `widths` (without extracting it).
 
-    Patch embedding and merging, blocks, attention pooling and head(s); `convention` is "linear" or "full", see
-    macs_per_dim(). Raises ValueError for another convention, UserError for widths that do not fit. A Swin v2's small
-    network for position biases is not counted: it does not hang on the image.
+    Counts patch embedding, patch merging, blocks, attention pooling and heads. The small network of Swin v2 that makes
+    position biases is not counted, because its result does not depend on the image.
+
+    Args:
+        model: A backbone or a sub-network.
+        widths: Module key -> width; None for the model as it is.
+        convention: "linear" or "full", see macs_per_dim().
+
+    Raises:
+        ValueError: If the convention is unknown.
+        UserError: If the widths do not fit the model.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"MACs convention {convention!r} is not one of {CONVENTIONS}")
@@ -61,7 +72,7 @@ def count_macs(model: Backbone, widths: dict[str, int] | None = None, convention
 
 
 def _merging_macs(model: Backbone) -> int:
-    """Of a Swin's layers that merge four patches into one."""
+    """MACs of the layers of a Swin that merge four patches into one."""
     if not isinstance(model, SwinTransformer | SwinTransformerV2):
         return 0
     merging = [stage for stage in model.layers if not isinstance(stage.downsample, nn.Identity)]
@@ -69,7 +80,7 @@ def _merging_macs(model: Backbone) -> int:
 
 
 def _pooling_macs(model: Backbone, convention: str) -> int:
-    """Of an attention that pools: keys and values of all tokens, the rest for its latents."""
+    """MACs of attention pooling: keys and values of all tokens, the other layers for the latents only."""
     pool = getattr(model, "attn_pool", None)
     if pool is None:
         return 0
@@ -81,20 +92,20 @@ def _pooling_macs(model: Backbone, convention: str) -> int:
 
 
 def count_params(model: Backbone, widths: dict[str, int] | None = None) -> int:
-    """Parameters of the model as it stands, or of its sub-network at `widths` (without extracting it).
+    """Number of parameters of a model, or of its sub-network at `widths` (without extracting it).
 
-    Raises UserError for widths that do not fit.
+    Raises UserError if the widths do not fit the model.
     """
     if widths is not None:
         check_widths(model, widths)
     params = sum(p.numel() for p in model.parameters())
-    blocks, family = blocks_of(model), family_of(model)
+    blocks = blocks_of(model)
     for module in modules_of(model).values() if widths is not None else ():
         block, width = blocks[module.block], widths[module.key]
         if module.width == 0:
             continue
         if width == 0:
-            params -= sum(p.numel() for p in parameters_of(family, block, module.kind))
+            params -= sum(p.numel() for p in branch_parameters(block, module.kind))
         else:
             params -= (module.width - width) * _params_per_dim(block, module)
     return params

@@ -1,6 +1,6 @@
-"""What is left of a module's weights at a width: made here, once, for training and for extraction.
+"""The weights of a module at a smaller width. Training and extraction both take them from here.
 
-A module keeps a prefix of its dims: the first w of every head for q, k and v alike (or of v alone, see
+A module keeps a prefix of its dims: the first w dims per head of q, k and v (or of v alone, see
 backbone.cuts_v_alone), or the first w hidden units.
 """
 
@@ -11,15 +11,19 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .backbone import cuts_v_alone, first_layers, value_layer, value_layer_name
+from .backbone import value_layer
+from .subnetwork import cuts_v_alone, first_layers, value_layer_name
 
 
 def attention_slices(attn: nn.Module, width: int) -> dict[str, Tensor]:
-    """Weights of an attention of `width` dims per head that gives what `attn` gives when cut to that prefix.
+    """Weights of a timm attention with `width` dims per head that computes what `attn` computes when cut to them.
 
-    Attention of head dim d divides scores by sqrt(d) and goes on doing so when cut, but a library's attention divides
-    by the sqrt of its own width; so sqrt(width / d) is folded into the q rows and the q bias. Where v alone is cut,
-    q and k are left as they are.
+    Scores are always divided by sqrt(d) of the original head dim d, whereas a timm attention divides by the sqrt of its
+    own head dim. Therefore sqrt(width / d) is folded into the rows of q and the bias of q. If v alone is cut, q and k
+    stay as they are.
+
+    Returns:
+        Parameter name, such as "qkv.weight" (3 * H * width, D) -> tensor that autograd connects to `attn`.
     """
     name, layer, H = value_layer_name(attn), value_layer(attn), attn.num_heads
     d, D = attn.proj.in_features // H, layer.in_features
@@ -38,27 +42,30 @@ def attention_slices(attn: nn.Module, width: int) -> dict[str, Tensor]:
 
 
 def first_of_v(parameter: Tensor, heads: int, head_dim: int, width: int) -> Tensor:
-    """Rows of (q, k and) v, with the first `width` of each head of v."""
-    others, v = parameter.split([len(parameter) - heads * head_dim, heads * head_dim])
-    return torch.cat([others, v.unflatten(0, (heads, head_dim))[:, :width].flatten(0, 1)])
+    """Cuts v in a weight or bias whose last heads * head_dim rows are v; rows before them (q and k) are kept."""
+    q_and_k, v = parameter.split([len(parameter) - heads * head_dim, heads * head_dim])
+    return torch.cat([q_and_k, v.unflatten(0, (heads, head_dim))[:, :width].flatten(0, 1)])
 
 
 def mlp_slices(mlp: nn.Module, width: int) -> dict[str, Tensor]:
-    """Weights of an MLP of the first `width` hidden units; of a gated one each unit with its gate."""
+    """Weights of an MLP with the first `width` hidden units: parameter name -> tensor.
+
+    In a gated MLP each unit keeps its gate.
+    """
     slices, hidden = {}, mlp.fc2.in_features
     for name, layer in first_layers(mlp).items():
         for kind, parameter in layer.named_parameters():
             if layer.out_features == hidden:
                 slices[f"{name}.{kind}"] = parameter[:width]
-            else:  # units and gates in one layer
+            else:  # a gated MLP with units and gates in one layer
                 slices[f"{name}.{kind}"] = parameter.unflatten(0, (-1, hidden))[:, :width].flatten(0, 1)
     return slices | last_layer_slices("fc2", mlp, 1, width)
 
 
 def last_layer_slices(name: str, branch: nn.Module, heads: int, width: int) -> dict[str, Tensor]:
-    """Weight and bias of the layer that ends a module, for the first `width` inputs of each head.
+    """Weight and bias of the last linear layer of a module, for the first `width` inputs per head (1 head for an MLP).
 
-    Where the module has a `compensation` (wpac/compensation.py), what is kept makes up for what is cut.
+    If the module has a `compensation` (wpac/compensation.py), the weights also make up for the inputs that are cut.
     """
     layer, compensation = getattr(branch, name), getattr(branch, "compensation", None)
     weight, bias = layer.weight.unflatten(1, (heads, -1)), layer.bias  # (D, H, d)

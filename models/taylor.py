@@ -1,4 +1,4 @@
-"""First-order Taylor importance: reading |g * x| at the q, k, v and at the MLP activations of a backbone."""
+"""First-order Taylor importance: |g * x| with g = dC/dx, for x = q, k and v and for the hidden activations of MLPs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from utils import reduce_sum
 
-from .backbone import Backbone, Module, blocks_of, last_layer, modules_of, value_bias, value_layer
+from .backbone import Backbone, Module, last_layer, modules_of, value_bias, value_layer
+from .subnetwork import blocks_of
 
-# The cost C, summed over the batch, from logits (B, classes) and targets (B,).
+# Name -> cost C of logits (B, classes) and targets (B,), summed over the batch.
 COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logit": lambda logits, target: logits.gather(1, target[:, None]).sum(),
     "ce": lambda logits, target: F.cross_entropy(logits, target, reduction="sum"),
@@ -23,29 +24,33 @@ COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Collector(Protocol):
-    """What tap() feeds: x and g = dC/dx, (B, N, P, H, w) for an attention, (B, N, w) for an MLP.
-
-    The P parts are q, k, v, or v alone where it alone is cut; of a Swin B counts windows. Of a module's last layer x is
-    its input (B, N, H w) or (B, N, w), and g the gradient at its output (B, N, D).
-    """
+    """Takes the activations x of a module and their gradients g = dC/dx, batch by batch, see feed_collectors()."""
 
     def update(self, x: Tensor, g: Tensor) -> None:
-        """Takes in a batch."""
+        """Adds a batch."""
 
 
 @contextlib.contextmanager
-def tap(
+def feed_collectors(
     model: Backbone, collectors: dict[str, Collector], last_layers: dict[str, Collector] | None = None
 ) -> Iterator[None]:
-    """Within it, each backward pass through `model` updates the collectors (module key -> collector).
+    """Context manager in which each backward pass through `model` updates the collectors.
 
-    last_layers: those that read the module's last layer. Parameters get no gradient meanwhile: only activations do,
-    which makes the pass cheaper than a training step.
+    Within it parameters do not require gradients, only activations do, which makes the pass cheaper than a training
+    step.
+
+    Args:
+        model: A backbone or a sub-network.
+        collectors: Module key -> collector, for every module that is not bypassed. It gets x and g of shape
+            (B, N, P, H, w) for attention, where the P parts are q, k and v, or v alone if v alone is cut; for an MLP
+            (B, N, w), taken after the activation. For the attention of a Swin, B counts windows.
+        last_layers: Module key -> collector for the last linear layer of the module. It gets the input x of the layer,
+            (B, N, H * w) or (B, N, w), and the gradient g at its output, (B, N, D).
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    # With frozen parameters the graph has to start somewhere: at the patch embedding's output.
+    # Since parameters are frozen, the autograd graph has to start at an activation: the output of the patch embedding.
     hooks = [model.patch_embed.register_forward_hook(lambda _m, _i, output: output.requires_grad_())]
-    blocks, separate = blocks_of(model), {}
+    blocks, original_flags = blocks_of(model), {}
     for key, module in modules_of(model).items():
         if module.width == 0:
             continue
@@ -53,10 +58,11 @@ def tap(
         if module.kind == "attn":
             attn = blocks[module.block].attn
             hooks.append(value_layer(attn).register_forward_hook(_attention_hook(collectors[key], attn, module)))
-            if getattr(attn, "v_bias", None) is not None:  # only then does timm call the layer, not use its weight
-                separate[attn], attn.qkv_bias_separate = attn.qkv_bias_separate, True
+            if getattr(attn, "v_bias", None) is not None:
+                # Otherwise timm uses the weight of the layer without calling it, and the hook would not run.
+                original_flags[attn], attn.qkv_bias_separate = attn.qkv_bias_separate, True
         else:
-            hooks.append(last.register_forward_pre_hook(_units_hook(collectors[key])))
+            hooks.append(last.register_forward_pre_hook(_mlp_hook(collectors[key])))
         if last_layers:
             hooks.append(last.register_forward_hook(_last_layer_hook(last_layers[key])))
     try:
@@ -66,8 +72,8 @@ def tap(
     finally:
         for hook in hooks:
             hook.remove()
-        for attn, value in separate.items():
-            attn.qkv_bias_separate = value
+        for attn, flag in original_flags.items():
+            attn.qkv_bias_separate = flag
         for parameter in trained:
             parameter.requires_grad_(True)
 
@@ -77,7 +83,7 @@ def _attention_hook(collector: Collector, attn: nn.Module, module: Module) -> Ca
     count = module.parts * module.heads * module.head_dim
 
     def kept(x: Tensor) -> Tensor:
-        """The last outputs, (B, N, P H d), as (B, N, P, H, w)."""
+        """The last P * H * d outputs of the layer, (B, N, ...), as (B, N, P, H, w)."""
         return x[..., -count:].unflatten(-1, shape)[..., : module.width]
 
     def forward_hook(_module: object, _inputs: object, output: Tensor) -> None:
@@ -88,7 +94,7 @@ def _attention_hook(collector: Collector, attn: nn.Module, module: Module) -> Ca
     return forward_hook
 
 
-def _units_hook(collector: Collector) -> Callable:
+def _mlp_hook(collector: Collector) -> Callable:
     def forward_pre_hook(_module: object, inputs: tuple[Tensor]) -> None:
         x = inputs[0].detach()
         inputs[0].register_hook(lambda g: collector.update(_as_tokens(x), _as_tokens(g)))
@@ -97,7 +103,7 @@ def _units_hook(collector: Collector) -> Callable:
 
 
 def _as_tokens(x: Tensor) -> Tensor:
-    """(B, ..., n) -> (B, N, n): a Swin's stream is a map."""
+    """(B, ..., n) -> (B, N, n): a Swin arranges tokens in two dimensions."""
     return x.flatten(1, -2)
 
 
@@ -116,11 +122,19 @@ def collect(
     cost: str,
     last_layers: dict[str, Collector] | None = None,
 ) -> None:
-    """One forward and backward pass over the batches in eval mode, in the model's own precision."""
+    """Runs forward and backward passes over the batches once and feeds the collectors.
+
+    Runs in eval mode and without autocast, in the dtype of the model.
+
+    Args:
+        model, collectors, last_layers: See feed_collectors().
+        batches: Images (B, C, height, width) and targets (B,).
+        cost: Key of COSTS, the cost C whose gradient is taken.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    with tap(model, collectors, last_layers), torch.autocast(device.type, enabled=False):
+    with feed_collectors(model, collectors, last_layers), torch.autocast(device.type, enabled=False):
         for images, targets in batches:
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             COSTS[cost](model(images), targets).backward()
@@ -128,9 +142,12 @@ def collect(
 
 
 class TaylorImportance:
-    """Mean over tokens of |g * x| for each dim of a module, or of its square; for an attention, of each part.
+    """Collects the mean over tokens of |g * x| for each dim of a module.
 
-    finalize() gives (P, H, w) for an attention and (w,) for an MLP, float64, summed over ranks.
+    Args:
+        module: The module, see models.backbone.modules_of().
+        device: Device of the sums, which are in float64.
+        squared: Take the mean of (g * x)^2 instead.
     """
 
     def __init__(self, module: Module, device: torch.device, squared: bool = False):
@@ -141,11 +158,11 @@ class TaylorImportance:
 
     @torch.no_grad()
     def update(self, x: Tensor, g: Tensor) -> None:
-        """x, g: (B, N, P, H, w) or (B, N, w)."""
+        """Adds a batch. x, g: (B, N, P, H, w) for attention, (B, N, w) for an MLP."""
         self.total += (g * x).abs_().pow_(self.power).sum((0, 1), dtype=torch.float64)
         self.count += x.shape[0] * x.shape[1]
 
     def finalize(self) -> Tensor:
-        """The means, over all ranks' tokens."""
+        """The means over the tokens of all ranks: (P, H, w) for attention, (w,) for an MLP."""
         reduce_sum(self.total, self.count)
         return self.total / self.count

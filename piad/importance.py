@@ -1,4 +1,4 @@
-"""PIAD's importance of every dim: how the loss rises without its module, times its share within the module."""
+"""PIAD's importance of every dim: the sensitivity of its module times its share of the module's Taylor importance."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.backbone import Backbone, modules_of
-from models.parts import classify, follow, parts_of
+from models.parts import apply_part, classify, parts_of
 from models.taylor import TaylorImportance, collect
 from utils import UserError, progress_bar, reduce_sum
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-TINY = 1e-12  # a cross-entropy of exactly 0 would divide by 0
+TINY = 1e-12  # avoids a division by a cross-entropy of 0
 
 
 @dataclass
 class Sensitivity:
-    """cost: mean cross-entropy C.  gamma: module key -> max(0, (C_m - C) / C).  branches_run: forwards, per batch."""
+    """Result of module_sensitivity().
+
+    cost: Mean cross-entropy C of the network.
+    gamma: Module key -> max(0, (C_m - C) / C), with C_m the cost without module m.
+    branches_run: Number of branches run per batch.
+    """
 
     cost: float
     gamma: dict[str, float]
@@ -31,11 +36,18 @@ class Sensitivity:
 
 @torch.no_grad()
 def module_sensitivity(model: Backbone, batches: Batches) -> Sensitivity:
-    """gamma of every module: the relative rise of the cross-entropy when its branch adds nothing (paper, PIAD).
+    """Module sensitivity gamma_m = max(0, (C_m - C) / C) (paper, PIAD).
 
-    `model` is the smallest network so far, as extracted; modules it bypasses already get 0. Without a module of block
-    b nothing changes before b, so the stream is kept at every branch and only what follows is run again: about half
-    the work. Sums are reduced over the ranks. Raises UserError where a cross-entropy is not finite.
+    C is the mean cross-entropy of the model, C_m that of the model with module m bypassed. Bypassing a module changes
+    nothing before it, so the input of every branch is kept and only the branches after module m are run again, which is
+    about half of the work. Runs in eval mode without autocast. Sums are reduced over ranks.
+
+    Args:
+        model: The smallest network so far, extracted. Modules that it already bypasses get gamma 0.
+        batches: Proxy images (B, C, height, width) and targets (B,).
+
+    Raises:
+        UserError: If a cross-entropy is not finite.
     """
     device = next(model.parameters()).device
     keys = [module.key for module in modules_of(model).values() if module.width]
@@ -52,8 +64,8 @@ def module_sensitivity(model: Backbone, batches: Batches) -> Sensitivity:
     cost, *without = (totals[:-1] / totals[-1]).tolist()
     if not all(map(math.isfinite, (cost, *without))):
         raise UserError(
-            f"the cross-entropy on the proxy set is {cost:.4g}, and not finite whole or without some module: "
-            "the weights are out of range, the last checkpoint stands; try a lower --lr"
+            f"the cross-entropy on the proxy set, {cost:.4g}, or that with one module bypassed is not finite: "
+            "the weights are out of range; the last checkpoint is intact, try a lower --lr"
         )
     gamma = dict.fromkeys(modules_of(model), 0.0)
     gamma |= {key: max(0.0, (c - cost) / max(cost, TINY)) for key, c in zip(keys, without, strict=True)}
@@ -61,18 +73,18 @@ def module_sensitivity(model: Backbone, batches: Batches) -> Sensitivity:
 
 
 def _bypass_costs(model: Backbone, images: Tensor, targets: Tensor) -> tuple[list[Tensor], int]:
-    """[C, C without branch 0, without branch 1, ...] summed over the batch in float64, and the branches run."""
+    """Cross-entropy summed over the batch: ([C, C_m of each module that runs], number of branches run)."""
     x, parts = parts_of(model, images)
-    stream = []  # what enters each part
+    inputs = []  # of each part
     for part in parts:
-        stream.append(x)
-        x = follow(x, part)
+        inputs.append(x)
+        x = apply_part(x, part)
     costs, run = [_cross_entropy(model, x, targets)], sum(key is not None for key, _ in parts)
-    for skipped, x in enumerate(stream):
-        if parts[skipped][0] is None:
+    for skipped, x in enumerate(inputs):
+        if parts[skipped][0] is None:  # patch merging, which is not a module
             continue
         for part in parts[skipped + 1 :]:
-            x = follow(x, part)
+            x = apply_part(x, part)
             run += part[0] is not None
         costs.append(_cross_entropy(model, x, targets))
     return costs, run
@@ -83,10 +95,19 @@ def _cross_entropy(model: Backbone, x: Tensor, targets: Tensor) -> Tensor:
 
 
 def dimension_importance(model: Backbone, batches: Batches, cost: str = "logit") -> dict[str, np.ndarray]:
-    """alpha of every dim, (width,) for each module with a width, summing to 1 in each module (paper, PIAD).
+    """Dimension importance alpha of every dim, with sum 1 in each module (paper, PIAD).
 
-    Taylor importance at the network as it stands: for an attention that of q, k and v summed, mean over heads; for an
-    MLP that of the activation's output.
+    alpha_i is the Taylor importance of dim i, the mean over tokens of |g * x| with g = dC/dx, divided by its sum over
+    the module. For attention, x are q, k and v: their importance is added up and averaged over heads. For an MLP, x is
+    the output of the activation. A module without any importance gets equal alphas.
+
+    Args:
+        model: The smallest network so far, extracted.
+        batches: Proxy images (B, C, height, width) and targets (B,).
+        cost: Key of models.taylor.COSTS.
+
+    Returns:
+        Module key -> alpha (width,), for every module that is not bypassed.
     """
     device = next(model.parameters()).device
     modules = {key: module for key, module in modules_of(model).items() if module.width}
@@ -102,7 +123,7 @@ def dimension_importance(model: Backbone, batches: Batches, cost: str = "logit")
 
 
 def importance_of_dims(model: Backbone, batches: Batches) -> dict[str, np.ndarray]:
-    """I_i = gamma of the module * alpha of the dim, (width,) for each module with a width."""
+    """Importance I_i = gamma_m * alpha_i (width,) of the dims of every module m that is not bypassed (paper, PIAD)."""
     gamma = module_sensitivity(model, progress_bar(batches, "module sensitivity")).gamma
     alphas = dimension_importance(model, progress_bar(batches, "dimension importance"))
     return {key: gamma[key] * alpha for key, alpha in alphas.items()}

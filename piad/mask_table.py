@@ -1,4 +1,4 @@
-"""The mask table: op code -> widths, as it lies in mask_table.json."""
+"""The mask table, op code -> widths: plain data, stored as mask_table.json."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from files import read_json, shown, write_text
-from models.backbone import Backbone
-from supernet.latency import Latencies
-from supernet.selection import largest_within
 from utils import UserError
 
-MASK_TABLE = "mask_table.json"  # beside the weights of a super-network
-SMALLEST = -1  # the op code of the smallest network, whatever the number of codes
+MASK_TABLE = "mask_table.json"  # its name beside the weights of a super-network
+SMALLEST = -1  # the op code of the smallest network, however many op codes there are
 # Far above any network and any list of units: a file that claims more is refused before it is expanded.
 MAX_OP_CODES, MAX_MODULES = 100_000, 10_000
 
 
 class MaskTable:
-    """Rows of widths, one an op code: row 0 is the whole network, and no width grows from one row to the next.
+    """Widths by op code: row 0 is the whole network, and no width grows from one row to the next.
 
     Widths: module key, such as "3.attn" or "3.mlp" -> dims per head, or hidden units; 0 where the branch is bypassed.
     """
 
     def __init__(self, rows: list[dict[str, int]], meta: dict[str, Any] | None = None):
-        """rows: widths of op code 0, 1, ...; meta: plain values kept in the file's "meta" key.
+        """rows: the widths of op codes 0, 1, ...; meta: plain values stored under the key "meta" of the file.
 
-        Raises UserError for an empty table, rows of different modules, or a width that is negative or grows.
+        Raises UserError for an empty table, rows with different modules, or a width that is negative or grows.
         """
         if not rows or not rows[0]:
             raise UserError("mask table is empty")
@@ -46,7 +43,7 @@ class MaskTable:
         self.meta = meta or {}
 
     def __len__(self) -> int:
-        """The number of op codes, 0 included."""
+        """The number of op codes, counting 0."""
         return len(self.rows)
 
     def __eq__(self, other: object) -> bool:
@@ -60,36 +57,8 @@ class MaskTable:
             raise UserError(f"op code {op_code} is not in the mask table, which has 0..{len(self) - 1} and -1")
         return dict(self.rows[op_code])
 
-    def select(
-        self,
-        model: Backbone,
-        *,
-        max_macs: float | None = None,
-        max_params: float | None = None,
-        max_memory: float | None = None,
-        max_latency: float | None = None,
-        min_throughput: float | None = None,
-        convention: str = "linear",
-        latencies: Latencies | None = None,
-    ) -> int:
-        """The op code of the largest sub-network of `model`, the super-network, that meets all limits given.
-
-        max_macs: for one image, as `convention` counts ("linear" or "full").  max_params.  max_memory: bytes of the
-        weights.  max_latency: seconds of a batch.  min_throughput: images a second.  The last two are measured as
-        `latencies` say, or for batches of one image where the model is, and kept nowhere; what is found then is the
-        largest of the sizes that bisection measured (see supernet.selection.largest_within).
-        Raises UserError where no size meets the limits, naming the smallest one, or the fastest.
-        """
-        limits = {"macs": max_macs, "params": max_params, "memory": max_memory, "latency": max_latency}
-        limits = {key: limit for key, limit in limits.items() if limit is not None}
-        if max_latency is not None or min_throughput:
-            latencies = latencies or Latencies(model, self)
-        if min_throughput:
-            limits["latency"] = min(limits.get("latency", float("inf")), latencies.batch_size / min_throughput)
-        return largest_within(model, self, limits, convention, latencies)
-
     def check(self, full: dict[str, int], model_name: str) -> None:
-        """Raises UserError unless the table is one for a model of these full widths, op code 0 being all of it."""
+        """Raises UserError unless op code 0 of the table has these full widths, those of the model."""
         if self.rows[0].keys() != full.keys():
             there, here = (len({key.split(".")[0] for key in keys}) for keys in (self.rows[0], full))
             key = sorted(self.rows[0].keys() ^ full.keys())[0]
@@ -106,7 +75,7 @@ class MaskTable:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """{"0.attn": {"0": 64, ..., "-1": 8}, ..., "meta": {...}}: the authors' format and one key more."""
+        """{"0.attn": {"0": 64, ..., "-1": 8}, ..., "meta": {...}}: the authors' format with one more key."""
         table: dict[str, Any] = {
             key: {**{str(code): row[key] for code, row in enumerate(self.rows)}, str(SMALLEST): self.rows[-1][key]}
             for key in self.rows[0]
@@ -115,7 +84,7 @@ class MaskTable:
 
     @classmethod
     def from_json(cls, table: Any) -> MaskTable:
-        """Reads what to_json() gives, strictly. Raises UserError that names the key that is wrong."""
+        """The inverse of to_json(), strict. Raises UserError that names the key that is wrong."""
         if not isinstance(table, dict):
             raise UserError(f"mask table: expected an object of modules, found a {type(table).__name__}")
         meta = table.get("meta", {})
@@ -137,7 +106,7 @@ class MaskTable:
             missing = min(set(range(last + 1)) - codes)
             raise UserError(f"mask table: op code {missing} is missing")
         rows = [{key: column[code] for key, column in columns.items()} for code in range(last + 1)]
-        # Normally -1 repeats the last row. If a table has a smaller network there, it becomes a code of its own.
+        # Normally -1 repeats the last row. A smaller network there becomes an op code of its own.
         if SMALLEST in codes:
             smallest = {key: column[SMALLEST] for key, column in columns.items()}
             if rows[-1:] != [smallest]:
@@ -145,7 +114,7 @@ class MaskTable:
         return cls(rows, meta)
 
     def save(self, path: Path) -> None:
-        """Writes mask_table.json: whole or absent."""
+        """Writes mask_table.json; the file is complete or not there at all."""
         write_text(path, json.dumps(self.to_json()) + "\n")
 
     @classmethod
@@ -160,7 +129,7 @@ class MaskTable:
 
 
 def _column(key: str, column: Any) -> dict[int, int]:
-    """One module's entry, op code -> width, with whole numbers on both sides."""
+    """The entry of one module, op code -> width, both as whole numbers."""
     block, _, kind = str(key).partition(".")
     if not (block.isdecimal() and block.isascii() and kind in ("attn", "mlp")):
         raise UserError(f'mask table: {shown(repr(key))} is not a module; keys are like "3.attn" and "3.mlp"')

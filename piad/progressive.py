@@ -1,81 +1,82 @@
-"""PIAD over a training run: the table that grows at the start of an epoch, and the sub-network of each step."""
+"""PIAD over a training run: extends the mask table at the start of an epoch and draws the sub-network of each step."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from models.backbone import Backbone, modules_of
+from models.backbone import Backbone, full_widths
 from models.elastic import set_widths
 from models.extraction import extract
-from models.macs import count_macs, fixed_macs, macs_per_dim
+from models.macs import count_macs
 from utils import UserError, is_main_process
 
-from .dropout_list import grow, unit_sizes
+from .dropout_list import grow, units_of
 from .importance import Batches, importance_of_dims
 from .mask_table import MASK_TABLE, MaskTable
 from .sampling import draw_op_code
 
 
 class ProgressiveDropout:
-    """Holds the mask table of a super-network in training.
+    """Holds the mask table of a super-network during training.
 
-    The list of what is dropped grows to ratio * (e + 1) / epochs of the network's MACs (linear convention) at the
-    start of each epoch e < epochs, by the importance of dims on the proxy batches at the smallest network so far.
-    Every rank holds the same table, since the importance is reduced over the ranks.
+    At the start of each epoch e < epochs the dropout list grows until it holds ratio * (e + 1) / epochs of the
+    network's MACs (linear convention). The order comes from the importance of dims on the proxy set, taken at the
+    smallest network so far. The importance is reduced over ranks, so every rank holds the same table.
+
+    Args:
+        model: Super-network, see models.elastic.make_elastic().
+        proxy: Batches of the proxy set.
+        ratio: Share of the network's MACs that has left after the last growing epoch.
+        epochs: Number of growing epochs.
+        seed: Seed of the draws.
+        table: Table of the run to resume, None to start with the whole network.
+
+    Raises:
+        UserError: If a module cannot be divided into units, or the table does not fit the model.
     """
 
     def __init__(
         self, model: Backbone, proxy: Batches, *, ratio: float, epochs: int, seed: int, table: MaskTable | None
     ):
-        """model: a super-network (elastic); table: of the run that goes on.
-
-        Raises UserError where a module does not divide into units, or the table is not one of the model.
-        """
-        modules = modules_of(model)
         self.model, self.proxy = model, proxy
         self.ratio, self.epochs, self.seed = ratio, epochs, seed
-        self.sizes = unit_sizes(modules)
-        self.macs = {key: macs_per_dim(module) for key, module in modules.items()}
-        self.fixed = {key: fixed_macs(module) for key, module in modules.items()}
+        self.units = units_of(model)
         self.network_macs = count_macs(model)
-        self.sampled_share = 1.0  # of the MACs, that the sub-network of the step under way has
-        full = {key: module.width for key, module in modules.items()}
+        self.sampled_share = 1.0  # share of the network's MACs that the sub-network of the current step has
+        full = full_widths(model)
         self.table = table or MaskTable([full])
         self.table.check(full, "the model")
         for key, width in self.table.widths(-1).items():
-            if width % self.sizes[key]:
-                raise UserError(
-                    f"mask table: {key} has width {width}, which is not in whole units of {self.sizes[key]}"
-                )
+            size = self.units.sizes[key]
+            if width % size:
+                raise UserError(f"mask table: {key} has width {width}, which is not a multiple of its unit size {size}")
 
     def begin_epoch(self, epoch: int) -> None:
-        """Grows the table, if the epoch is one of the growing ones."""
+        """Extends the table if the epoch is a growing one."""
         if epoch >= self.epochs:
             return
         smallest = extract(self.model, self.table.widths(-1)).eval()
-        target = self.ratio * (epoch + 1) / self.epochs * self.network_macs
-        self.table = grow(
-            self.table, importance_of_dims(smallest, self.proxy), self.sizes, self.macs, target, self.fixed
-        )
+        target_macs = self.ratio * (epoch + 1) / self.epochs * self.network_macs
+        self.table = grow(self.table, importance_of_dims(smallest, self.proxy), self.units, target_macs)
 
     def choose(self, *, epoch: int, step: int, rank: int) -> int:
-        """Draws this rank's op code for the step and sets the super-network to its widths."""
+        """Draws this rank's op code for the step, sets the super-network to its widths and returns it."""
         op_code = draw_op_code(len(self.table), seed=self.seed, epoch=epoch, step=step, rank=rank)
         self.run_at(self.table.widths(op_code))
         return op_code
 
     def run_at(self, widths: dict[str, int]) -> None:
-        """Sets the super-network to the widths that a step trains."""
+        """Sets the super-network to the widths that the step trains."""
         set_widths(self.model, widths)
         self.sampled_share = count_macs(self.model, widths) / self.network_macs
 
     def step_scalars(self) -> dict[str, float]:
-        """What is logged of a step: the share of the network's MACs that this rank's sub-network has."""
+        """Values to log for a step: the share of the network's MACs that this rank's sub-network has."""
         return {"macs_share": self.sampled_share}
 
     def epoch_scalars(self) -> dict[str, float]:
-        """What is logged of an epoch: how many sizes there are, and the share of the MACs that the smallest has."""
+        """Values to log for an epoch: the number of op codes, and the share of the MACs that the smallest one has."""
         return {"op_codes": len(self.table), "macs_share_smallest": self.macs_share(-1)}
 
     def macs_share(self, op_code: int) -> float:
@@ -83,10 +84,10 @@ class ProgressiveDropout:
         return count_macs(self.model, self.table.widths(op_code)) / self.network_macs
 
     def state_dict(self) -> dict[str, Any]:
-        """The table, for a checkpoint: it is all the state there is."""
+        """The table as plain data, for a checkpoint. There is no other state."""
         return {"mask_table": self.table.to_json()}
 
     def save(self, folder: Path) -> None:
-        """Writes mask_table.json into the folder, on the main process."""
+        """Writes mask_table.json into the folder, on the main process only."""
         if is_main_process():
             self.table.save(folder / MASK_TABLE)

@@ -1,4 +1,4 @@
-"""Evaluating sub-networks of several sizes: how good they are, and the report."""
+"""Evaluating a super-network at several sizes, and the report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,108 +15,101 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from arguments import data_overrides
-from datasets import eval_loader, open_images, preprocessing, proxy_set
+import supernet
+from arguments import open_network
+from datasets import Images, eval_loader, open_images, proxy_set
 from engine import evaluate
 from files import write_text
-from main_arguments import super_network_words
-from models.backbone import Backbone, full_widths
-from models.extraction import extract
-from models.loading import fit_head, load_backbone
+from main_arguments import words_to_open
+from models.backbone import Backbone
+from models.loading import fit_head
 from models.macs import count_macs, count_params
-from piad.mask_table import MaskTable
+from supernet import Network
+from supernet.amounts import format_amount
 from supernet.budgets import asks_for_size, chosen_op_codes
-from supernet.folder import load_subnetwork, save_subnetwork
 from supernet.latency import measure_latency
-from supernet.opening import load_super_network
-from supernet.selection import format_amount
 from utils import UserError, device_name, is_main_process, progress_bar, say
-from wpac.compensation import compensate_from
-from wpac.refit import check_refit, refit
+from wpac.refit import check_refit
 
 
 def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
-    """Evaluates sub-networks of a super-network at the sizes asked for, or one sub-network folder."""
+    """Evaluates a super-network at the sizes that the flags ask for, or a sub-network."""
     val_images = open_images(args.data_set, args.data_path, "val")
-    model, table, op_codes, config, grade = _open(args, val_images.num_classes)
-    baseline = None
-    if args.baseline:
-        baseline = load_backbone(
-            args.model, args.model_kwargs, num_classes=val_images.num_classes, checkpoint=args.baseline
-        ).eval()
-    loading = {"batch_size": args.batch_size, "workers": args.workers}
-    val = eval_loader(val_images, config, **loading)
-    weights = args.sub_network or args.checkpoint
-    kind = "averaged (EMA)" if args.use_ema else "raw"
+    network, op_codes = open_at_sizes(args, val_images.num_classes)
+    network.model.to(device)
+    val = eval_loader(val_images, network.preprocessing, batch_size=args.batch_size, workers=args.workers)
+    weights = args.checkpoint if network.is_subnetwork else network.source
+    kind = "averaged (EMA)" if network.averaged else "raw"
     say(f"weights: {weights}, {kind}; {len(val_images)} images of {args.data_set}")
-    cut = extract
-    if args.refit:
-        train = open_images(args.data_set, args.data_path, "train")
-        proxy = eval_loader(proxy_set(train, args.proxy_samples, args.seed), config, **loading)
-        cut, grade = partial(refitted, images=[images for images, _ in proxy], device=device), "refitted"
     facts = {
-        "title": f"{args.data_set}: one super-network of {format_amount(count_params(model))} parameters",
+        "title": f"{args.data_set}: one super-network of {format_amount(count_params(network.model))} parameters",
         "weights": str(weights),
-        "averaged_weights": args.use_ema,
-        "grade": grade,
+        "averaged_weights": network.averaged,
+        "grade": "refitted" if args.refit else network.grade,
         "images": len(val_images),
         "device": device_name(device),
         "batch_size": args.batch_size,
     }
-    if not args.sub_network:
-        facts |= {"full_widths": table.widths(0), "arguments": super_network_words(args)}
-    write = partial(write_sub_network, args, config, facts) if args.write_sub_networks else None
-    amp = getattr(torch, args.amp) if args.amp else None
-    rows = evaluate_sizes(model, table, op_codes, val, device, amp=amp, baseline=baseline, cut=cut, then=write)
+    if not network.is_subnetwork:
+        facts |= {"full_widths": network.table.widths(0), "arguments": words_to_open(args)}
+    rows = evaluate_sizes(
+        network,
+        op_codes,
+        val,
+        device,
+        amp=args.amp,
+        baseline=open_baseline(args, network),
+        images=proxy_images(args, network) if args.refit else None,
+        then=partial(write_sub_network, args, network, facts) if args.write_sub_networks else None,
+    )
     write_report(rows, args.output_dir, facts)
 
 
-def _open(args: argparse.Namespace, num_classes: int) -> tuple[Backbone, MaskTable, list[int], dict[str, Any], str]:
-    """What the flags name: the model, its sizes, the op codes asked for, the preprocessing, and how sizes are cut."""
-    if args.sub_network:
-        if args.refit or args.compensate:
-            raise UserError(f"--sub-network {args.sub_network} is cut already: leave --refit and --compensate out")
-        if asks_for_size(args) or args.frontier:
-            raise UserError(f"--sub-network {args.sub_network} has one size: leave --op-code and budgets out")
-        model, facts = load_subnetwork(args.sub_network)
-        table, op_codes, grade = MaskTable([full_widths(model)]), [0], facts.get("grade", "cut")
-        config = facts["preprocessing"] | {k: v for k, v in data_overrides(args).items() if v is not None}
-    else:
-        model, table = load_super_network(
-            args.model,
-            args.model_kwargs,
-            checkpoint=args.checkpoint,
-            mask_table=args.mask_table,
-            num_classes=num_classes,
-            use_ema=args.use_ema,
-        )
+def open_at_sizes(args: argparse.Namespace, num_classes: int) -> tuple[Network, list[int]]:
+    """The network that the flags name, and the op codes that they ask for."""
+    if args.checkpoint is None:
+        raise UserError("--checkpoint is missing: give the super-network's checkpoint_<epoch>.pth, or its folder")
+    network = open_network(args)
+    if network.is_subnetwork:
         if args.refit:
-            check_refit(model)
-        grade = compensate_from(args.checkpoint, model, args.compensate)
-        op_codes = chosen_op_codes(args, model, table)
-        config = preprocessing(model, data_overrides(args))
-    fit_head(model, num_classes, remake=False)
-    return model.eval(), table, op_codes, config, grade
+            raise UserError(f"{args.checkpoint} is a sub-network, which is cut already: leave --refit out")
+        if asks_for_size(args) or args.frontier:
+            raise UserError(f"{args.checkpoint} is a sub-network, which has one size: leave --op-code and budgets out")
+    if args.refit:
+        check_refit(network.model)
+    fit_head(network.model, num_classes, remake=False)
+    return network, [0] if network.is_subnetwork else chosen_op_codes(args, network)
 
 
-def refitted(model: Backbone, widths: dict[str, int], images: list[torch.Tensor], device: torch.device) -> Backbone:
-    """The sub-network at `widths`, its linear layers solved anew on the images."""
-    small = extract(model, widths).to(device)
-    refit(model, small, images)
-    return small
+def open_baseline(args: argparse.Namespace, network: Network) -> Network | None:
+    """The weights of --baseline with the mask table of the network that they are compared with."""
+    if args.baseline is None:
+        return None
+    baseline = supernet.load(args.baseline, name=network.name, model_kwargs=network.model_kwargs, plain_weights=True)
+    if baseline.preprocessing != network.preprocessing:
+        raise UserError(
+            f"--baseline {args.baseline} prepares images by {baseline.preprocessing}, {network.source} by "
+            f"{network.preprocessing}: they cannot be compared"
+        )
+    return replace(baseline, table=network.table)
+
+
+def proxy_images(args: argparse.Namespace, network: Network) -> list[torch.Tensor]:
+    """The proxy images in memory: batches (B, C, height, width)."""
+    train: Images = open_images(args.data_set, args.data_path, "train")
+    proxy = proxy_set(train, args.proxy_samples, args.seed)
+    loader = eval_loader(proxy, network.preprocessing, batch_size=args.batch_size, workers=args.workers)
+    return [images for images, _ in loader]
 
 
 def write_sub_network(
-    args: argparse.Namespace, config: dict, facts: dict[str, Any], model: Backbone, row: dict[str, Any]
+    args: argparse.Namespace, network: Network, facts: dict[str, Any], model: Backbone, row: dict[str, Any]
 ) -> None:
     """Writes an evaluated sub-network as the folder op_<code>/."""
     if is_main_process():
-        save_subnetwork(
+        network.save(
             args.output_dir / f"op_{row['op_code']}",
             model,
-            name=args.model,
-            model_kwargs=args.model_kwargs,
-            preprocessing=config,
             op_code=row["op_code"],
             accuracy={key: row[key] for key in ("top1", "top5", "loss")} | {"images": facts["images"]},
             data_set=args.data_set,
@@ -124,7 +118,7 @@ def write_sub_network(
 
 
 def describe(model: Backbone) -> dict[str, int]:
-    """The size of a model as it stands: macs_linear and macs_full for one image, params."""
+    """The size of a model: macs_linear and macs_full per image, params."""
     return {
         "macs_linear": count_macs(model),
         "macs_full": count_macs(model, convention="full"),
@@ -133,30 +127,29 @@ def describe(model: Backbone) -> dict[str, int]:
 
 
 def evaluate_sizes(
-    model: Backbone,
-    table: MaskTable,
+    network: Network,
     op_codes: list[int],
     batches: DataLoader,
     device: torch.device,
     *,
     amp: torch.dtype | None = None,
-    baseline: Backbone | None = None,
-    cut: Callable[[Backbone, dict[str, int]], Backbone] = extract,
+    baseline: Network | None = None,
+    images: list[torch.Tensor] | None = None,
     then: Callable[[Backbone, dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each op code: widths, size counted on the extracted model, accuracy on the batches, speed by latency.
+    """A row per op code: widths, size counted on the extracted model, accuracy on the batches, images per second.
 
-    baseline: other weights of the same backbone, cut to the same widths; their top-1 goes into baseline_top1.
-    cut: makes a sub-network of widths.  then(sub-network, row): what else is done with each.
+    baseline: other weights with the same mask table; their top-1 goes into baseline_top1.  images: refit each
+    sub-network on them.  then(sub-network, row) is called for each.
     """
     rows = []
     for code in progress_bar(op_codes, "sizes"):
-        widths = table.widths(code)
-        small = cut(model, widths).to(device)
+        small = network.cut(code, images).to(device)
         speed = {"images_per_second": batches.batch_size / measure_latency(small, batches.batch_size, amp)}
-        row = {"op_code": code, **describe(small), **evaluate(small, batches, device, amp), **speed, "widths": widths}
+        row = {"op_code": code, **describe(small), **evaluate(small, batches, device, amp), **speed}
+        row["widths"] = network.table.widths(code)
         if baseline is not None:
-            row["baseline_top1"] = evaluate(extract(baseline, widths).to(device), batches, device, amp)["top1"]
+            row["baseline_top1"] = evaluate(baseline.cut(code).to(device), batches, device, amp)["top1"]
         rows.append(row)
         if then:
             then(small, row)
@@ -164,7 +157,7 @@ def evaluate_sizes(
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, with a line on what the columns mean."""
+    """The rows as a text table, with a line on what the columns mean."""
     columns = {
         "op code": lambda row: str(row["op_code"]),
         "MACs": lambda row: format_amount(row["macs_linear"]),
@@ -174,7 +167,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
         "top-5": lambda row: f"{row['top5']:.2f}",
         "images/s": lambda row: f"{row['images_per_second']:.0f}",
     }
-    notes = ["MACs: for one image, linear layers alone, as the paper counts; MACs full: attention products too."]
+    notes = ["MACs: per image, linear layers alone, as the paper counts; MACs full: with the attention products."]
     if "baseline_top1" in rows[0]:
         columns["untrained"] = lambda row: f"{row['baseline_top1']:.2f}"
         notes.append("untrained: top-1 of the same widths cut from the contracted weights, without PIAD.")
@@ -184,10 +177,10 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 
 
 def write_report(rows: list[dict[str, Any]], folder: Path, facts: dict[str, Any]) -> None:
-    """Prints the rows and writes frontier.txt, .csv, .json (with the facts) and .png, and widths.png.
+    """Prints the rows, and writes frontier.txt, .csv, .json (with the facts) and .png, and widths.png.
 
-    On the main process. facts: title, device and batch_size of the measurement, and full_widths, without which there
-    is no widths.png.
+    On the main process. facts: title, device and batch_size of the measurement; full_widths, without which there is no
+    widths.png; and whatever else is to stand in frontier.json.
     """
     if not is_main_process():
         return
@@ -200,7 +193,7 @@ def write_report(rows: list[dict[str, Any]], folder: Path, facts: dict[str, Any]
     writer.writerows(rows)
     write_text(folder / "frontier.csv", text.getvalue())
     write_text(folder / "frontier.json", json.dumps({**facts, "sizes": rows}, indent=1) + "\n")
-    from report.plots import plot_frontier, plot_widths  # only here: matplotlib is slow to import
+    from report.plots import plot_frontier, plot_widths  # here, because matplotlib is slow to import
 
     measured = f"{facts['batch_size']} at a time, {facts['device']}"
     plot_frontier(rows, folder / "frontier.png", facts["title"], measured)
@@ -209,5 +202,5 @@ def write_report(rows: list[dict[str, Any]], folder: Path, facts: dict[str, Any]
         plot_widths(rows, facts["full_widths"], folder / "widths.png")
         names.append("widths.png")
     else:
-        (folder / "widths.png").unlink(missing_ok=True)  # of another evaluation
+        (folder / "widths.png").unlink(missing_ok=True)  # of an earlier evaluation
     say(f"written: {folder}/{', '.join(names)}")

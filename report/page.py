@@ -1,4 +1,4 @@
-"""Makes index.html of an evaluated super-network: its sizes to look through, in one file that needs no network."""
+"""Makes index.html of an evaluated super-network: one file, to be opened offline, with a slider over its sizes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from supernet.selection import format_amount
 from utils import UserError, run_program, say
 
 ROOT = Path(__file__).resolve().parent.parent
-GENERATOR = '<meta name="generator" content="page.py">'  # by which a page of ours is known
-# What the page shows of frontier.json.
+GENERATOR = '<meta name="generator" content="page.py">'  # marks a page that this program wrote
+# What the page needs of frontier.json.
 FACTS = {"title": str, "weights": str, "averaged_weights": bool, "grade": str, "images": int, "device": str,
          "batch_size": int, "arguments": list, "full_widths": dict, "sizes": list}  # fmt: skip
 NUMBERS = ("op_code", "macs_linear", "params", "top1", "images_per_second")
@@ -26,8 +26,10 @@ NUMBERS = ("op_code", "macs_linear", "params", "top1", "images_per_second")
 def main() -> None:
     parser = Parser(description=__doc__)
     group = parser.add_argument_group("files")
-    group.add_argument("folder", type=Path, metavar="DIR", help="what main.py --eval wrote: its frontier.json is read")
-    group.add_argument("--output", type=Path, metavar="FILE", help="where the page goes (default: DIR/index.html)")
+    group.add_argument(
+        "folder", type=Path, metavar="DIR", help="output folder of main.py --eval, whose frontier.json is read"
+    )
+    group.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: DIR/index.html)")
     args = parser.parse_args()
     output = args.output or args.folder / "index.html"
     if output.is_file() and GENERATOR not in output.read_text(errors="replace"):
@@ -37,7 +39,7 @@ def main() -> None:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """frontier.json. Raises UserError, naming the key, where it lacks what the page shows."""
+    """Reads frontier.json. Raises UserError that names the key where something is missing or wrong."""
     report = read_json(path)
     if not isinstance(report, dict) or not isinstance(report.get("sizes"), list) or not report["sizes"]:
         raise UserError(f"{path} has no sizes: it is not a report of main.py --eval")
@@ -64,13 +66,13 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def _no_report(path: Path, key: str, value: Any) -> UserError:
     return UserError(
-        f"{path}: {shown(key)} is {shown(value)}: give a folder of main.py --eval --checkpoint; one of an older "
-        "version has to be evaluated again"
+        f"{path}: {shown(key)} is {shown(value)}: give the output folder of main.py --eval of a "
+        "super-network; that of an older version has to be evaluated again"
     )
 
 
 def page_of(report: dict[str, Any], folder: Path) -> str:
-    """The page: page.html with the report in it, as data that no text of its own can break out of."""
+    """The page: page.html with the report in it as data."""
     sizes = sorted(report["sizes"], key=lambda size: size["macs_linear"])
     largest = sizes[-1]["macs_linear"]
     kind = "averaged (EMA)" if report["averaged_weights"] else "raw"
@@ -86,21 +88,21 @@ def page_of(report: dict[str, Any], folder: Path) -> str:
             for size in sizes
         ],
     }
-    # "<" cannot end the script element then; JSON knows it as the same text.
+    # Escaped, "<" cannot end the script element; JSON reads it as the same text.
     filled = {"data": json.dumps(data).replace("<", "\\u003c"), "title": html.escape(report["title"])}
     template = (ROOT / "report" / "page.html").read_text()
     return re.sub(r"\{\{(data|title)\}\}", lambda found: filled[found[1]], template)
 
 
 def command_of(arguments: list[str], op_code: int, folder: Path) -> str:
-    """The line that writes the sub-network of an op code into FOLDER/extracted/op_<code>."""
+    """The command that writes the sub-network of an op code to FOLDER/extracted/op_<code>."""
     words = ["python", "main.py", "--eval", *(_from_here(str(word)) for word in arguments)]
     words += ["--op-code", str(op_code), "--write-sub-networks", "--output-dir", _from_here(str(folder / "extracted"))]
     return shlex.join(words)
 
 
 def _from_here(word: str) -> str:
-    """A path into this repository as seen from its folder; anything else as it is."""
+    """A path into this repository relative to its root; any other word unchanged."""
     path = Path(word)
     return str(path.relative_to(ROOT)) if path.is_absolute() and path.is_relative_to(ROOT) else word
 

@@ -1,1 +1,1 @@
-"""The paper's claims and ours, measured: study programs, and the criteria and pictures that only they use."""
+"""Experiments on the claims of the paper and of this project, with the criteria and pictures that only they use."""

@@ -1,12 +1,13 @@
-"""How much of a network is left when every module is cut, without training: from sorting to refitting.
+"""Accuracy of a network whose modules are all cut without training, by methods from sorting to refitting.
 
     python -m studies.contraction --name vit_small_cifar10 --data-path DIR --checkpoint FILE ...
-    python -m studies.contraction --part proxies ...        64, 256 and 1,024 proxy images, and their damping
-    python -m studies.contraction --part apart ...          attention alone, q and k cut otherwise than v
+    python -m studies.contraction --part proxies ...        64, 256 and 1,024 proxy images, several dampings
+    python -m studies.contraction --part apart ...          attention only, with other widths for q and k than for v
 
-Top-1 (percent) on val/, and the KL divergence of the outputs from the whole model's, for each method of METHODS and
-share of the dims kept in every module; `allocation` has its own widths, within the MACs of that share. Writes
-docs/results/contraction_NAME.json, a result as soon as it is there (what is there is not measured again), and .png.
+Measures top-1 (percent) on val/ and the KL divergence of the outputs from those of the whole network, for each method
+of METHODS and each share of the dims that every module keeps; methods with a mask table use its largest size within
+the MACs of that share. Writes docs/results/contraction_NAME.json after each measurement and skips measurements that
+are already there; draws the methods in a .png beside it.
 """
 
 from __future__ import annotations
@@ -33,34 +34,38 @@ from models.backbone import full_widths, modules_of
 from models.elastic import make_elastic
 from models.extraction import extract
 from models.macs import count_macs
+from piad.dropout_list import grow, units_of
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
-from reparam import table_without_training
-from report.plots import plot_contraction
-from studies.common import Batches, CutStudy, add_study_arguments, silence
+from studies.centring import centre_values
+from studies.common import Batches, CutStudy, add_study_arguments, zero_dims
 from studies.criteria import importance_by, sort_dims
+from studies.plots import plot_contraction
+from supernet.selection import largest_within
 from utils import init_processes, progress_bar, run_program
 from wpac.allocation import dim_errors
 from wpac.compensation import DAMPING, Compensation, OutputMoments, compensate, ordered_layer
 from wpac.refit import refit
 from wpac.statistics import collect_statistics
-from wpac.transform import centre_values, contract
+from wpac.transform import contract
 
 SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
-# Of the dims of q and k, and of v: each three have the same MACs.
+# Shares of the dims kept (of q and k, of v). The first three pairs have the same MACs, and so have the last three.
 APART = ((1 / 16, 3 / 16), (1 / 8, 1 / 8), (3 / 16, 1 / 16), (1 / 8, 3 / 8), (1 / 4, 1 / 4), (3 / 8, 1 / 8))
+DROPOUT_RATIO = 0.95  # share of the MACs that the mask tables can drop
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclass
 class Contracted:
-    """A model ready to be cut, and the table of its own sizes where it has one."""
+    """A model ready to be cut, and the mask table of its allocation, if the method has one."""
 
     model: VisionTransformer
     table: MaskTable | None = None
 
 
 def sort_by(criterion: str, model: VisionTransformer, batches: Batches, _damping: float) -> Contracted:
+    """Sorts the dims of every module by a criterion, without rotation."""
     sort_dims(model, importance_by(criterion, model, batches))
     return Contracted(model)
 
@@ -68,7 +73,7 @@ def sort_by(criterion: str, model: VisionTransformer, batches: Batches, _damping
 def contract_by(
     basis: str, order: str, centre: bool, compensation: bool, model: VisionTransformer, batches: Batches, damping: float
 ) -> Contracted:
-    """As reparam.py does, in the parts that are asked for."""
+    """Contracts the model as reparam.py does; basis and order as for wpac.contract()."""
     statistics = collect_statistics(model, batches, outputs=centre or compensation)
     contract(model, statistics, basis, order, damping)
     if centre:
@@ -77,22 +82,24 @@ def contract_by(
         return Contracted(model)
     for key in compensate(model, statistics.outputs, damping):
         print(f"{key} is not compensated")
-    args = argparse.Namespace(model="", dropout_ratio=0.95)
-    return Contracted(model, table_without_training(model, dim_errors(model, statistics, damping), args))
+    errors, whole = dim_errors(model, statistics, damping), MaskTable([full_widths(model)])
+    return Contracted(model, grow(whole, errors, units_of(model), DROPOUT_RATIO * count_macs(model)))
 
 
-def rounded(model: VisionTransformer, batches: Batches, damping: float) -> Contracted:
-    """--method best, with mean and factor of every module as they would come back from float16."""
-    ready = PREPARE["best"](model, batches, damping)
-    for found in model.modules():
-        if isinstance(found, Compensation):
-            found.mean, found.lower = found.mean.half().double(), found.lower.half().double()
-    return ready
+def best_in_half_precision(model: VisionTransformer, batches: Batches, damping: float) -> Contracted:
+    """The method "best", with the mean and factor of every compensation rounded to float16."""
+    contracted = PREPARE["best"](model, batches, damping)
+    for module in model.modules():
+        if isinstance(module, Compensation):
+            module.mean, module.lower = module.mean.half().double(), module.lower.half().double()
+    return contracted
 
 
 def piad_table(model: VisionTransformer, batches: Batches) -> MaskTable:
-    """The mask table that PIAD's list gives of a model that is not trained meanwhile, in four steps."""
-    piad = ProgressiveDropout(make_elastic(copy.deepcopy(model)), batches, ratio=0.95, epochs=4, seed=0, table=None)
+    """The mask table that PIAD builds in four epochs if the model is not trained in between."""
+    piad = ProgressiveDropout(
+        make_elastic(copy.deepcopy(model)), batches, ratio=DROPOUT_RATIO, epochs=4, seed=0, table=None
+    )
     for epoch in range(piad.epochs):
         piad.begin_epoch(epoch)
     return piad.table
@@ -100,8 +107,11 @@ def piad_table(model: VisionTransformer, batches: Batches) -> MaskTable:
 
 @torch.no_grad()
 def cut_apart(model: VisionTransformer, qk: float, v: float) -> VisionTransformer:
-    """A copy that gives what a network with these shares of the dims of q and k, and of v, would: the rest is zero."""
-    model = silence(copy.deepcopy(model), qk=qk)
+    """A copy whose outputs are those of a network that keeps these shares of the dims of q and k, and of v.
+
+    The other dims are set to zero. The model is compensated.
+    """
+    model = zero_dims(copy.deepcopy(model), qk=qk)
     for block, module in zip(model.blocks, (m for m in modules_of(model).values() if m.kind == "attn"), strict=True):
         weight, bias = ordered_layer(model, module)
         cut, cut_bias = block.attn.compensation(weight, bias, module.heads * int(module.width * v))
@@ -111,7 +121,7 @@ def cut_apart(model: VisionTransformer, qk: float, v: float) -> VisionTransforme
     return model
 
 
-# How a model is made ready.
+# name -> function (model, proxy batches, damping) that prepares a model for cutting, in place.
 PREPARE: dict[str, Callable[[VisionTransformer, Batches, float], Contracted]] = {
     "taylor": partial(sort_by, "taylor"),
     "hessian": partial(sort_by, "hessian"),
@@ -119,13 +129,16 @@ PREPARE: dict[str, Callable[[VisionTransformer, Batches, float], Contracted]] = 
     "centred": partial(contract_by, "wpac", "taylor", True, False),
     "compensated": partial(contract_by, "wpac", "taylor", False, True),
     "best": partial(contract_by, "fisher", "fisher", False, True),
-    "rounded": rounded,
+    "rounded": best_in_half_precision,
 }
 
 
 @dataclass(frozen=True)
 class Method:
-    """prepare: a key of PREPARE; refitted: whether a cut is; widths: the same share of all, or those of a table."""
+    """prepare: a key of PREPARE.  refitted: whether each sub-network is refitted.
+
+    widths: the same share of every module, or those of the mask table of dim_errors() or of PIAD.
+    """
 
     prepare: str
     refitted: bool = False
@@ -148,48 +161,48 @@ METHODS = {
 
 
 class Study(CutStudy):
-    """The methods, one after another."""
+    """Measures the methods one after another."""
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019 -- methods that are made ready alike stand next to each other
-    def ready(self, prepare: str, proxy: int, draw: int, damping: float) -> tuple[Contracted, Batches, float]:
-        """The model made ready, the proxy batches, and the seconds that took."""
+    @functools.lru_cache(maxsize=1)  # noqa: B019 -- consecutive methods share a prepared model
+    def prepared(self, prepare: str, proxy: int, draw: int, damping: float) -> tuple[Contracted, Batches, float]:
+        """The prepared model, the proxy batches, and the seconds that the preparation took."""
         batches, start = self.proxy(proxy, draw), time.perf_counter()
         return PREPARE[prepare](copy.deepcopy(self.base), batches, damping), batches, time.perf_counter() - start
 
     def measure(self, name: str, draw: int, proxy: int, damping: float, shares: tuple[float, ...]) -> None:
-        """One method at the shares that are not known yet."""
+        """Measures one method at the shares for which there is no result."""
         key = {"method": name, "draw": draw, "proxy": proxy, "damping": damping, "images": self.val_images}
         shares = tuple(share for share in shares if not self.results.rows("rows", **key, share=share))
         if not shares:
             return
         method = METHODS[name]
-        ready, batches, seconds = self.ready(method.prepare, proxy, draw, damping)
-        table = {"uniform": None, "allocation": ready.table}.get(method.widths)
+        contracted, batches, seconds = self.prepared(method.prepare, proxy, draw, damping)
+        table = {"uniform": None, "allocation": contracted.table}.get(method.widths)
         if method.widths == "piad":
-            table = piad_table(ready.model, batches)
+            table = piad_table(contracted.model, batches)
         for share in shares:
             widths = {module: int(width * share) for module, width in full_widths(self.base).items()}
             macs = count_macs(self.base, widths)
             if table:
-                widths = table.widths(table.select(self.base, max_macs=macs))
+                widths = table.widths(largest_within(self.base, table, {"macs": macs}))
             start = time.perf_counter()
-            small = extract(ready.model, widths)
+            small = extract(contracted.model, widths)
             if method.refitted:
-                refit(ready.model, small, [images for images, _ in batches], damping)
+                refit(contracted.model, small, [images for images, _ in batches], damping)
             times = {"seconds_to_prepare": seconds, "seconds_to_cut": time.perf_counter() - start}
             row = {**key, "share": share, "macs": count_macs(self.base, widths), **self.scores(self.logits(small))}
             self.results.add("rows", row | times)
 
     def apart(self, draw: int, proxy: int) -> None:
-        """Attention alone, with other widths for q and k than for v, at the same MACs: would two widths pay?"""
+        """Cuts only attention, with different widths for q and k than for v at the same MACs."""
         for qk, v in APART:
             key = {"qk": qk, "v": v, "images": self.val_images, "draw": draw, "proxy": proxy}
             if not self.results.rows("apart", **key):
-                ready, _, _ = self.ready("best", proxy, draw, DAMPING)
-                self.results.add("apart", key | self.scores(self.logits(cut_apart(ready.model, qk, v))))
+                contracted, _, _ = self.prepared("best", proxy, draw, DAMPING)
+                self.results.add("apart", key | self.scores(self.logits(cut_apart(contracted.model, qk, v))))
 
     def held_out(self, number: int, draw: int) -> None:
-        """The error of the guess, fitted on half of the proxy images, on the other half: relative, for each damping."""
+        """Relative error of compensation for each damping, fitted on half of the proxy images, measured on the rest."""
         if self.results.rows("damping", proxy=number, draw=draw):
             return
         batches = self.batches(proxy_set(self.images, number, draw))
@@ -203,7 +216,7 @@ class Study(CutStudy):
         for key, module in modules_of(model).items():
             order = torch.arange(module.heads * module.width).view(module.heads, module.width).T.flatten()
             weight, bias = ordered_layer(model, module)
-            other = others[key].ordered(order)
+            other = others[key].reordered(order)
             for damping in DAMPINGS:
                 fitted = statistics.outputs[key]
                 lower = torch.linalg.cholesky(fitted.damped(damping))
@@ -214,7 +227,10 @@ class Study(CutStudy):
 
 
 def relative_error(weight: Tensor, cut: Tensor, moments: OutputMoments) -> float:
-    """What a cut layer loses of the variance of a layer's output, in the metric of the loss."""
+    """Squared error of a layer cut to weight `cut` (D, k), relative to the variance of its output.
+
+    Both are taken in the metric of the loss. weight: (D, n), of the whole layer.
+    """
     lost = weight.clone()
     lost[:, : cut.shape[1]] -= cut
     error, whole = ((moments.metric * (w @ moments.covariance @ w.T)).sum() for w in (lost, weight))
@@ -222,7 +238,7 @@ def relative_error(weight: Tensor, cut: Tensor, moments: OutputMoments) -> float
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The results as tables: a line a method, top-1 and KL at each share, mean over the draws; then the damping."""
+    """The results as tables of means over the draws: top-1 and KL of methods, damping, other widths for q and k."""
     lines = []
     for whole in sorted(results["whole"], key=lambda whole: -whole["images"]):
         rows = [row for row in results["rows"] if row["images"] == whole["images"]]
@@ -248,6 +264,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def _rows(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines of the table of methods."""
     shares = sorted({row["share"] for row in rows})
     yield "| method | proxy images x draws, damping | " + " | ".join(f"{share:g}" for share in shares) + " |"
     yield "|---" * (len(shares) + 2) + "|"
@@ -268,14 +285,21 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = add_study_arguments(parser)
     group.add_argument(
-        "--part", choices=("methods", "proxies", "apart"), default="methods", help="(default: %(default)s)"
+        "--part", choices=("methods", "proxies", "apart"), default="methods", help="see above (default: %(default)s)"
     )
     group.add_argument(
         "--proxies", type=positive, nargs="+", default=[64, 256, 1024], metavar="N", help="numbers of proxy images"
     )
-    group.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help="(default: all)")
     group.add_argument(
-        "--shares", type=share_type, nargs="+", default=SHARES, metavar="X", help="of the dims that are kept"
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=METHODS,
+        metavar="NAME",
+        help="methods to measure (default: all)",
+    )
+    group.add_argument(
+        "--shares", type=share_type, nargs="+", default=SHARES, metavar="X", help="shares of the dims that are kept"
     )
     return parser.parse_args()
 
@@ -303,15 +327,15 @@ def main() -> None:
             study.measure("WPAC + compensation", draw, number, DAMPING, args.shares)
     results.log()
     print(markdown(results.content))
-    picture(results.content, results.path.with_suffix(".png"), args.name.replace("_", " "))
+    draw_methods(results.content, results.path.with_suffix(".png"), args.name.replace("_", " "))
     print(json.dumps({"file": results.path.name, "rows": len(results.rows("rows")), "whole": whole}))
 
 
-def picture(results: dict[str, Any], path: Path, title: str) -> None:
-    """The picture of the methods on the most images, with the usual damping and the most proxy images."""
+def draw_methods(results: dict[str, Any], path: Path, title: str) -> None:
+    """Draws the methods, from the results on the most val/ and proxy images with the default damping."""
     whole = max(results["whole"], key=lambda whole: whole["images"])
     rows = [row for row in results["rows"] if (row["images"], row["damping"]) == (whole["images"], DAMPING)]
-    rows = [row for row in rows if METHODS[row["method"]].prepare != "rounded"]  # it would hide the line it equals
+    rows = [row for row in rows if METHODS[row["method"]].prepare != "rounded"]  # equal to "best", which it would hide
     most = max((row["proxy"] for row in rows), default=0)
     rows = sorted((row for row in rows if row["proxy"] == most), key=lambda row: list(METHODS).index(row["method"]))
     plot_contraction(rows, whole, path, f"{title}, {whole['images']} images")

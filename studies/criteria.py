@@ -1,4 +1,7 @@
-"""What WPAC is compared with: dims are not rotated, only sorted, by some measure of their importance."""
+"""Alternatives to WPAC that the studies compare it with.
+
+Sorting dims by a measure of importance instead of rotating them, and other weights of the tokens in WPAC's statistics.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from models.backbone import Backbone, blocks_of, first_layers, modules_of, value_layer
 from models.taylor import TaylorImportance, collect
+from wpac.statistics import TokenCollector
 from wpac.transform import permute_mlp, rotate_attention
 
 CRITERIA = ("random", "magnitude", "taylor", "hessian")
@@ -22,10 +26,12 @@ def importance_by(
     cost: str = "logit",
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """(P, H, d) for q, k and v of each attention, or v where it alone is cut, (M,) for each MLP, by one of CRITERIA.
+    """Importance of every dim by one of CRITERIA.
 
-    random: drawn from the seed.  magnitude: the norm of a dim's weights, in and out.  taylor, hessian: the mean over
-    the batches' tokens of |g * x|, or of its square, with g the gradient of the `cost` (see models.taylor.COSTS).
+    Returns module key -> (P, H, d) for attention, with P = 3 (q, k, v) or 1 where only v is cut; (M,) for an MLP.
+    criterion: "random", drawn from the seed; "magnitude", the norm of the weights of the dim in the layers before and
+    after it; "taylor" or "hessian", the mean over all tokens of |g * x| or its square, with g the gradient of the cost.
+    batches: (images, targets), for "taylor" and "hessian".  cost: a key of models.taylor.COSTS.
     """
     modules, device = modules_of(model), next(model.parameters()).device
     shapes = {key: (m.parts, m.heads, m.width) if m.kind == "attn" else (m.width,) for key, m in modules.items()}
@@ -42,9 +48,10 @@ def importance_by(
 
 @torch.no_grad()
 def sort_dims(model: Backbone, importance: dict[str, Tensor]) -> None:
-    """Sorts the dims of every module, most important first, in place; the function stays what it was.
+    """Sorts the dims of every module, most important first, in place; the function does not change.
 
-    Head by head: q with k by their sum, v with the output projection by v's own.
+    importance: as importance_by() returns it. Within each head, q and k are sorted by the sum of their importance, and
+    v by its own.
     """
     for key, module in modules_of(model).items():
         block = blocks_of(model)[module.block]
@@ -60,6 +67,7 @@ def sort_dims(model: Backbone, importance: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _magnitude(model: Backbone, key: str, shape: tuple[int, ...]) -> Tensor:
+    """Importance of one module by the magnitude of its weights, in the shape that importance_by() returns."""
     index, _ = key.split(".")
     block = blocks_of(model)[int(index)]
     if len(shape) == 1:
@@ -68,3 +76,19 @@ def _magnitude(model: Backbone, key: str, shape: tuple[int, ...]) -> Tensor:
     size = value_layer(block.attn).weight.norm(dim=1)[-math.prod(shape) :].view(shape)
     size[-1] *= block.attn.proj.weight.norm(dim=0).view(shape[1:])
     return size
+
+
+class EqualTokens(TokenCollector):
+    """All tokens have the same weight."""
+
+    def token_importance(self, x: Tensor, g: Tensor) -> Tensor:
+        return torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
+
+
+class ClassTokenOnly(TokenCollector):
+    """Only the first token of each image is weighted, by its importance; all others have weight 0."""
+
+    def token_importance(self, x: Tensor, g: Tensor) -> Tensor:
+        theta = super().token_importance(x, g)
+        theta[:, 1:] = 0
+        return theta

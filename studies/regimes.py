@@ -1,11 +1,11 @@
-"""Study 2: what PIAD adds over other dropouts, and the choices inside it: the same backbone, the same number of steps.
+"""Compares PIAD with other dropout regimes, and with variants of itself: same backbone, same number of steps.
 
     python -m studies.regimes --name vit_cifar10 --data-path DIR --checkpoint FILE --epochs N ...
 
-A row is main.py's PIAD stage under a --regime, from the weights as they are or as reparam.py contracted them; or PIAD
-with one choice made otherwise. Top-1 (percent) of the averaged weights at SHARES of the MACs, not fine-tuned. What
-main.py is to have besides the study's own flags (augmentation, learning rate) follows a lone `--`. Writes
-docs/results/regimes_NAME.json, a row as soon as it is there (what is there is not run again), and .png.
+Each run is the PIAD stage of main.py under a --regime, from the original weights or from those that reparam.py
+contracted; or PIAD with one of CHOICES changed. Measures top-1 (percent) of the averaged weights at SHARES of the MACs,
+without fine-tuning. Further flags for main.py (augmentation, learning rate) follow a `--`. Writes
+docs/results/regimes_NAME.json after each run, skips runs that are already there, and draws a .png beside it.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from unittest import mock
 
 import main as program
 import reparam
-from arguments import data_overrides
+from arguments import open_network
 from benchmarks.common import describe_machine
-from datasets import eval_loader, open_splits, preprocessing
+from datasets import eval_loader, open_splits
 from engine import evaluate
 from files import load_checkpoint
 from models.backbone import modules_of
 from models.extraction import extract
-from models.loading import load_backbone
 from models.macs import count_macs
 from piad import dropout_list, importance
 from piad.mask_table import MaskTable
-from report.plots import plot_regimes
-from studies.common import Results, call, model_and_data_flags, parse_training_arguments
+from studies.common import Results, facts_of, model_and_data_flags, parse_training_arguments, run_entry_point
+from studies.plots import plot_regimes
+from supernet.selection import largest_within
 from utils import init_processes, progress_bar, run_program
 
 SHARES = {"2:12": 2 / 12, "4:12": 4 / 12, "6:12": 6 / 12, "8:12": 8 / 12, "12:12": 1.0}
-# The paper's, of DeiT-S on ImageNet: top-1 in % at 4:12 and at 8:12.
+# Results of the paper for DeiT-S on ImageNet: top-1 in % at 4:12 and at 8:12.
 PAPER = {
     "none": (1.2, 39.1),
     "channel": (7.3, 34.4),
@@ -53,7 +53,10 @@ PAPER = {
 
 @dataclass(frozen=True)
 class Row:
-    """weights: "original" or "contracted".  choice: what of PIAD is otherwise, a key of CHOICES."""
+    """One run.
+
+    regime: a --regime of main.py.  weights: "original" or "contracted".  choice: the change to PIAD, a key of CHOICES.
+    """
 
     regime: str
     weights: str = "contracted"
@@ -62,15 +65,15 @@ class Row:
 
 @contextlib.contextmanager
 def all_at_once() -> Iterator[list[str]]:
-    """The whole list at the start of the first epoch."""
+    """The dropout list is complete at the start of the first epoch."""
     yield ["--progressive-epochs", "1"]
 
 
 @contextlib.contextmanager
 def by_accuracy() -> Iterator[list[str]]:
-    """Sensitivity is the loss of accuracy, as in the authors' code, not the rise of the cross-entropy.
+    """Module sensitivity is the loss of accuracy, as in the authors' code, instead of the rise of the cross-entropy.
 
-    A module's rise of the number of errors is its loss of right answers, and what it is divided by is the same for all.
+    The rise of the number of errors equals the loss of correct answers, and the divisor is the same for all modules.
     """
 
     def errors(model: Any, x: Any, targets: Any) -> Any:
@@ -81,30 +84,31 @@ def by_accuracy() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def without_gamma() -> Iterator[list[str]]:
-    """All modules are as sensitive as each other."""
+def without_sensitivity() -> Iterator[list[str]]:
+    """All modules have the same sensitivity."""
 
-    def even(model: Any, _batches: Any) -> importance.Sensitivity:
+    def equal(model: Any, _batches: Any) -> importance.Sensitivity:
         return importance.Sensitivity(0.0, dict.fromkeys(modules_of(model), 1.0), 0)
 
-    with mock.patch.object(importance, "module_sensitivity", even):
+    with mock.patch.object(importance, "module_sensitivity", equal):
         yield []
 
 
 @contextlib.contextmanager
-def units(attn: int, mlp: int) -> Iterator[list[str]]:
-    """So many units in a module, for 8 and 32."""
+def number_of_units(attn: int, mlp: int) -> Iterator[list[str]]:
+    """Other numbers of units per module than 8 and 32."""
     with mock.patch.dict(dropout_list.UNITS, {"attn": attn, "mlp": mlp}):
         yield []
 
 
 UNIT_NUMBERS = ((4, 16), (16, 64))
+# name -> context manager that makes the change and yields further flags for main.py.
 CHOICES: dict[str, Any] = {
     "": contextlib.nullcontext,
     "all at once": all_at_once,
     "sensitivity by accuracy": by_accuracy,
-    "without gamma": without_gamma,
-    **{f"{attn} and {mlp} units": functools.partial(units, attn, mlp) for attn, mlp in UNIT_NUMBERS},
+    "without gamma": without_sensitivity,
+    **{f"{attn} and {mlp} units": functools.partial(number_of_units, attn, mlp) for attn, mlp in UNIT_NUMBERS},
 }
 ROWS = [
     *(Row(regime, weights) for weights in ("contracted", "original") for regime in PAPER),
@@ -113,20 +117,19 @@ ROWS = [
 
 
 class Study:
-    """The rows, one after another, in a temporary folder."""
+    """Runs and measures the rows one after another, in temporary folders."""
 
     def __init__(self, args: argparse.Namespace, flags: list[str]):
         self.args, self.flags, self.device = args, flags, init_processes(args)
         path = args.output_dir / f"regimes_{args.name}.json"
-        facts = {"model": args.model, "model_kwargs": args.model_kwargs, "checkpoint": args.checkpoint.name}
-        self.results = Results(path, **facts, flags=flags, machine=describe_machine(self.device))
         images, self.val = open_splits(args.data_set, args.data_path)
-        self.base = load_backbone(
-            args.model, args.model_kwargs, num_classes=images.num_classes, checkpoint=args.checkpoint
-        )
+        network = open_network(args, images.num_classes, plain_weights=True)
+        self.base, self.config = network.model, network.preprocessing
+        self.results = Results(path, **facts_of(network), flags=flags, machine=describe_machine(self.device))
         self.common = model_and_data_flags(args)
 
     def measure(self, row: Row, seed: int) -> None:
+        """Trains and measures a row, unless it has a result or its units do not divide the widths."""
         args = self.args
         key = {**vars(row), "seed": seed, "epochs": args.epochs}
         if self.results.rows("rows", **key) or not self.divides(row.choice):
@@ -135,38 +138,42 @@ class Study:
         with tempfile.TemporaryDirectory() as folder, CHOICES[row.choice]() as flags:
             weights, output = args.checkpoint, Path(folder) / "trained"
             if row.weights == "contracted":
-                call(reparam.main, *self.common, "--seed", seed, "--no-eval", "--checkpoint", weights,
-                     "--output-dir", folder)  # fmt: skip
+                run_entry_point(reparam.main, *self.common, "--seed", seed, "--no-eval", "--checkpoint", weights,
+                                "--output-dir", folder)  # fmt: skip
                 weights = Path(folder) / "contracted.safetensors"
-            call(program.main, *self.common, "--stage", "piad", "--regime", row.regime, "--epochs", args.epochs,
-                 "--progressive-epochs", max(1, args.epochs // 2), "--eval-every", args.epochs, "--seed", seed,
-                 "--dropout-ratio", args.dropout_ratio, *self.flags, *(flags or []),
-                 "--checkpoint", weights, "--output-dir", output)  # fmt: skip
+            run_entry_point(
+                program.main, *self.common, "--stage", "piad", "--regime", row.regime, "--epochs", args.epochs,
+                "--progressive-epochs", max(1, args.epochs // 2), "--eval-every", args.epochs, "--seed", seed,
+                "--dropout-ratio", args.dropout_ratio, *self.flags, *(flags or []),
+                "--checkpoint", weights, "--output-dir", output,
+            )  # fmt: skip
             top1 = self.accuracies(load_checkpoint(output / f"checkpoint_{args.epochs - 1}.pth"))
         self.results.add("rows", {**key, "top1": top1, "seconds": time.perf_counter() - start})
 
     def divides(self, choice: str) -> bool:
-        """Whether the modules divide into the units that the choice has."""
-        units_of = {f"{attn} and {mlp} units": {"attn": attn, "mlp": mlp} for attn, mlp in UNIT_NUMBERS}
+        """Whether the number of units of the choice divides the width of every module."""
+        numbers = {f"{attn} and {mlp} units": {"attn": attn, "mlp": mlp} for attn, mlp in UNIT_NUMBERS}
         modules = modules_of(self.base).values()
-        return choice not in units_of or all(m.width % units_of[choice][m.kind] == 0 for m in modules)
+        return choice not in numbers or all(m.width % numbers[choice][m.kind] == 0 for m in modules)
 
     def accuracies(self, state: dict[str, Any]) -> dict[str, float]:
-        """Top-1, percent, of the averaged weights at SHARES; of the smallest network where the table ends before."""
+        """Top-1 (percent) of the averaged weights of a checkpoint at SHARES of the MACs.
+
+        The smallest size is used for a share that it exceeds.
+        """
         self.base.load_state_dict(state["model_ema"])
         table, whole = MaskTable.from_json(state["mask_table"]), count_macs(self.base)
-        config = preprocessing(self.base, data_overrides(self.args))
-        val = eval_loader(self.val, config, batch_size=256, workers=self.args.workers)
+        val = eval_loader(self.val, self.config, batch_size=256, workers=self.args.workers)
         smallest, found = count_macs(self.base, table.widths(-1)), {}
         for name, part in SHARES.items():
-            code = table.select(self.base, max_macs=max(part * whole, smallest))
+            code = largest_within(self.base, table, {"macs": max(part * whole, smallest)})
             small = extract(self.base, table.widths(code)).to(self.device)
             found[name] = evaluate(small, val, self.device)["top1"]
         return found
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Regimes, then PIAD's choices: mean top-1 over the seeds (least to most) at each of SHARES."""
+    """Tables of the regimes and of the choices: mean top-1 over the seeds (with its range) at each of SHARES."""
     lines, rows = [], results["rows"]
     for head, chosen in (("regime", False), ("PIAD, but", True)):
         own = [row for row in rows if bool(row["choice"]) == chosen or (chosen and row_of(row) == Row("piad"))]
@@ -187,6 +194,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def row_of(result: dict[str, Any]) -> Row:
+    """The Row that a result is of."""
     return Row(result["regime"], result["weights"], result["choice"])
 
 
@@ -198,12 +206,18 @@ def _cell(values: list[float]) -> str:
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("regimes", "choices")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="NAME", help="(default: both)")
     parser.add_argument(
-        "--regimes", nargs="+", choices=PAPER, default=list(PAPER), metavar="NAME", help="(default: all)"
+        "--parts", nargs="+", choices=parts, default=parts, metavar="NAME", help="what to run (default: both)"
     )
     parser.add_argument(
-        "--weights", nargs="+", default=["contracted", "original"], metavar="NAME", help="(default: both)"
+        "--regimes", nargs="+", choices=PAPER, default=list(PAPER), metavar="NAME", help="regimes to run (default: all)"
+    )
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        default=["contracted", "original"],
+        metavar="NAME",
+        help="weights to start from (default: both)",
     )
     return parse_training_arguments(parser)
 

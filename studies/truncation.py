@@ -1,11 +1,11 @@
-"""Study 1: what is left of a network when attention dims are cut without training, and what that hangs on.
+"""Accuracy of a network whose attention dims are cut without training, and what it depends on.
 
     python -m studies.truncation --name vit_small_cifar10 --data-path DIR --checkpoint FILE ...
 
-Parts: by which criterion dims are chosen (the paper's table); which tokens weigh in WPAC's statistics; how many proxy
-images; which cost; what is cut. Top-1 (percent) on val/, and the KL divergence of the outputs from the whole model's.
-Writes docs/results/truncation_NAME.json, a row as soon as it is there (what is there is not measured again), and a
-picture a part.
+Each part varies one choice: the criterion by which dims are sorted (the paper's table), the weights of the tokens in
+WPAC's statistics, the number of proxy images, the cost, or what is cut. Measures top-1 (percent) on val/ and the KL
+divergence of the outputs from those of the whole network. Writes docs/results/truncation_NAME.json after each
+measurement, skips measurements that are already there, and writes one picture per part.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from timm.models.vision_transformer import VisionTransformer
 
 from models.backbone import full_widths
 from models.extraction import extract
-from report.plots import plot_truncation
-from studies.common import CutStudy, add_study_arguments, silence
-from studies.criteria import CRITERIA, importance_by, sort_dims
+from studies.common import CutStudy, add_study_arguments, zero_dims
+from studies.criteria import CRITERIA, ClassTokenOnly, EqualTokens, importance_by, sort_dims
+from studies.plots import plot_truncation
 from utils import init_processes, progress_bar, run_program
-from wpac.statistics import collect_statistics
+from wpac.statistics import TokenCollector, collect_statistics
 from wpac.transform import contract
 
 SHARES = (1 / 4, 1 / 2, 3 / 4)
-# The paper's, of DeiT-B on ImageNet (whole: 81.8): top-1 in % at SHARES of the attention dims.
+# Results of the paper for DeiT-B on ImageNet (whole network: 81.8): top-1 in % at SHARES of the attention dims.
 PAPER = {
     "random": (0.9, 24.4, 74.0),
     "magnitude": (1.7, 29.2, 71.9),
@@ -40,9 +40,17 @@ PAPER = {
 }
 
 
+WEIGHTINGS: dict[str, type[TokenCollector]] = {"all": TokenCollector, "none": EqualTokens, "class": ClassTokenOnly}
+
+
 @dataclass(frozen=True)
 class Setting:
-    """How dims are chosen, and which are cut: "attn", its "qk" or "v" alone, "mlp", or "all"."""
+    """One measurement.
+
+    criterion: "wpac" or one of CRITERIA.  weighting: of the tokens, a key of WEIGHTINGS.
+    proxy: number of proxy images.  cost: a key of models.taylor.COSTS.
+    cut: "attn", only its "qk" or only its "v", "mlp", or "all".
+    """
 
     criterion: str = "wpac"
     weighting: str = "all"
@@ -71,40 +79,42 @@ PARTS: dict[str, dict[str, Setting]] = {
 
 
 class Study(CutStudy):
-    """The settings, one after another."""
+    """Measures the settings one after another."""
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019 -- settings that differ in what is cut stand next to each other
-    def ready(self, setting: Setting, draw: int) -> VisionTransformer:
-        """A copy of the model with the dims of its modules in order, by the setting but for its cut."""
+    @functools.lru_cache(maxsize=1)  # noqa: B019 -- consecutive settings may differ only in what is cut
+    def prepared(self, setting: Setting, draw: int) -> VisionTransformer:
+        """A copy of the model with its dims sorted or contracted as the setting says, but not yet cut."""
         model = copy.deepcopy(self.base)
         batches = [] if setting.criterion in ("random", "magnitude") else self.proxy(setting.proxy, draw)
         if setting.criterion == "wpac":
-            contract(model, collect_statistics(model, batches, setting.cost, weighting=setting.weighting))
+            collector = WEIGHTINGS[setting.weighting]
+            contract(model, collect_statistics(model, batches, setting.cost, token_collector=collector))
         else:
             sort_dims(model, importance_by(setting.criterion, model, batches, setting.cost, seed=draw))
         return model
 
     def measure(self, setting: Setting, draw: int) -> None:
+        """Measures the setting at each of SHARES for which there is no result; draw: seed of the proxy set."""
         key = {**asdict(setting), "draw": draw, "images": self.val_images}
         if setting.proxy > len(self.images):
             return
         for share in SHARES:
             if not self.results.rows("rows", **key, share=share):
-                model = cut(self.ready(replace(setting, cut="attn"), draw), setting.cut, share)
+                model = cut(self.prepared(replace(setting, cut="attn"), draw), setting.cut, share)
                 self.results.add("rows", {**key, "share": share, **self.scores(self.logits(model))})
 
 
 def cut(model: VisionTransformer, what: str, share: float) -> VisionTransformer:
-    """A copy with a share of the dims; of q and k, or of v, alone the rest is zero, which gives the same."""
+    """A copy that keeps a share of the dims. To cut only q and k, or only v, the other dims are set to zero instead."""
     if what in ("qk", "v"):
-        return silence(copy.deepcopy(model), **{what: share})
+        return zero_dims(copy.deepcopy(model), **{what: share})
     kinds = ("attn", "mlp") if what == "all" else (what,)
     full = full_widths(model).items()
     return extract(model, {key: int(width * share) if key.endswith(kinds) else width for key, width in full})
 
 
 def measured(results: dict[str, Any], part: str, images: int) -> dict[str, list[list[dict[str, Any]]]]:
-    """label of a setting -> the rows (one a draw) at each of SHARES, of the settings that are there."""
+    """Label of each setting that has results -> for each of SHARES, its rows, one per draw."""
     found = {}
     for label, setting in PARTS[part].items():
         own = [row for row in results["rows"] if {**row, **asdict(setting), "images": images} == row]
@@ -114,7 +124,7 @@ def measured(results: dict[str, Any], part: str, images: int) -> dict[str, list[
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """A table for each part and number of val/ images: mean top-1 (least to most, where there are draws), and KL."""
+    """One table per part and number of val/ images: mean top-1 (with its range if there are several draws) and KL."""
     lines = []
     for whole in sorted(results["whole"], key=lambda whole: -whole["images"]):
         for part in PARTS:
@@ -145,7 +155,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = add_study_arguments(parser)
     group.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help="(default: all)")
-    group.add_argument("--settings", nargs="+", metavar="NAME", help="of the parts, as their tables say (default: all)")
+    group.add_argument("--settings", nargs="+", metavar="NAME", help="labels of the settings to measure (default: all)")
     return parser.parse_args()
 
 
@@ -156,7 +166,7 @@ def main() -> None:
         for part in args.parts:
             for label, setting in PARTS[part].items():
                 if not args.settings or label in args.settings:
-                    study.measure(setting, 0 if setting.criterion == "magnitude" else draw)  # which draws nothing
+                    study.measure(setting, 0 if setting.criterion == "magnitude" else draw)  # has no seed
     study.results.log()
     print(markdown(study.results.content))
     pictures(study.results.content, study.results.path.stem, args)
@@ -164,7 +174,7 @@ def main() -> None:
 
 
 def pictures(results: dict[str, Any], stem: str, args: argparse.Namespace) -> None:
-    """One a part, of the most val/ images that the part was measured on."""
+    """Draws one picture per part, from the results on the largest number of val/ images."""
     for part in PARTS:
         for whole in sorted(results["whole"], key=lambda whole: -whole["images"]):
             found = measured(results, part, whole["images"])

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
-from models.backbone import Backbone
-from models.macs import count_macs
-from piad.mask_table import MaskTable
-from supernet.latency import LATENCY, Latencies
-from supernet.selection import count_sizes, evenly_spaced, format_amount, format_seconds, format_sizes
 from utils import UserError, say
 
-# The flags that limit a size, and the limits of MaskTable.select() that they set.
+from .amounts import format_amount, format_seconds, format_sizes
+from .latency import Latencies
+from .network import Network
+
+# The flags that limit a size, and the arguments of Network.select() that they set.
 BUDGETS = {
     "macs_ratio": "max_macs",
     "macs": "max_macs",
@@ -30,44 +28,35 @@ def asks_for_size(args: argparse.Namespace) -> bool:
     return any(getattr(args, name) for name in ("op_code", *BUDGETS))
 
 
-def latencies_of(args: argparse.Namespace, model: Backbone, table: MaskTable, weights: Path) -> Latencies:
-    """The latencies of the sizes as the flags have them measured, kept beside the file of the weights or the table."""
-    return Latencies(
-        model,
-        table,
-        batch_size=args.batch_size,
-        amp=getattr(torch, args.amp) if args.amp else None,
-        device=torch.device(args.device),
-        path=weights.parent / LATENCY,
-    )
+def latencies_of(args: argparse.Namespace, network: Network) -> Latencies:
+    """The latencies of the network's sizes, measured as the flags say and kept beside its weights."""
+    return network.latencies(args.batch_size, args.amp, torch.device(args.device), network.source.parent)
 
 
-def chosen_op_codes(
-    args: argparse.Namespace, model: Backbone, table: MaskTable, latencies: Latencies | None = None
-) -> list[int]:
-    """The op codes that the size flags ask for, in their order; none given: the whole network and the smallest.
+def chosen_op_codes(args: argparse.Namespace, network: Network, latencies: Latencies | None = None) -> list[int]:
+    """The op codes that the size flags ask for, in their order; without any, the whole network and the smallest.
 
     latencies: None, or latencies_of(), where the caller has them.
-    For each budget, says what was asked and found, and the next sizes up and down.
+    For each budget, prints what was asked and found, and the next larger and smaller sizes.
     """
-    codes = []
+    last, codes = len(network.table) - 1, []
     for code in args.op_code:
-        table.widths(code)  # a UserError where there is none
-        codes.append(code if code >= 0 else len(table) - 1)
+        network.table.widths(code)  # raises UserError for an op code that the table does not have
+        codes.append(code if code >= 0 else last)
     budgets = budgets_of(args)
     if latencies is None and (args.latency or args.throughput):
-        latencies = latencies_of(args, model, table, args.mask_table or args.checkpoint)
+        latencies = latencies_of(args, network)
     for budget in budgets:
-        codes.append(select(model, table, budget, args.macs_convention, latencies))
+        codes.append(select(network, budget, args.macs_convention, latencies))
     if args.frontier:
-        codes += evenly_spaced(model, table, args.frontier, args.macs_convention)
-    return list(dict.fromkeys(codes)) or [0, len(table) - 1]
+        codes += network.evenly_spaced(args.frontier, args.macs_convention)
+    return list(dict.fromkeys(codes or [0, last]))
 
 
 def budgets_of(args: argparse.Namespace) -> list[dict[str, float]]:
-    """The budgets that the flags set, flag -> limit: one for each value of a single flag, or one of several flags.
+    """The budgets that the flags set, flag -> limit: one per value of a single flag, or one of several flags together.
 
-    Raises UserError for several flags of which one has several values, and for a share that is none.
+    Raises UserError for several flags of which one has several values, and for a share outside 0..1.
     """
     given = {name: getattr(args, name) for name in BUDGETS if getattr(args, name)}
     for ratio in given.get("macs_ratio", []):
@@ -85,19 +74,13 @@ def budgets_of(args: argparse.Namespace) -> list[dict[str, float]]:
     return [{name: values[0] for name, values in given.items()}]
 
 
-def select(
-    model: Backbone,
-    table: MaskTable,
-    budget: dict[str, float],
-    convention: str,
-    latencies: Latencies | None,
-) -> int:
-    """The op code of the largest size within a budget; says what was asked, what was found, and what lies beside it."""
+def select(network: Network, budget: dict[str, float], convention: str, latencies: Latencies | None) -> int:
+    """The op code of the largest size within a budget; prints what was asked and found, and the sizes beside it."""
     limits: dict[str, float] = {}
     for name, value in budget.items():
-        limit = value * count_macs(model, convention=convention) if name == "macs_ratio" else value
+        limit = value * network.macs(0, convention) if name == "macs_ratio" else value
         limits[BUDGETS[name]] = min(limit, limits.get(BUDGETS[name], limit))
-    found = table.select(model, **limits, convention=convention, latencies=latencies)
+    found = network.select(**limits, convention=convention, latencies=latencies)
     timed = "latency" in budget or "throughput" in budget
     asked = {
         "max_macs": lambda value: f"at most {format_amount(value)} MACs ({convention})",
@@ -108,9 +91,9 @@ def select(
     }
     where = f", for {latencies.where}" if timed else ""
     say(f"asked: {' and '.join(asked[name](value) for name, value in limits.items())}{where}")
-    for name, code in (("found", found), ("next up", found - 1), ("next down", found + 1)):
-        if 0 <= code < len(table):
-            sizes: dict[str, float] = count_sizes(model, table.widths(code), convention)
+    for name, code in (("found", found), ("next larger", found - 1), ("next smaller", found + 1)):
+        if 0 <= code < len(network.table):
+            sizes: dict[str, float] = network.sizes(code, convention)
             sizes |= {"latency": latencies.of(code)} if timed else {}
             say(f"  {name}: op code {code}, {format_sizes(sizes)}")
         else:

@@ -1,4 +1,4 @@
-"""The formats of an export: each writes a sub-network, and what was written is read back and compared with it."""
+"""The formats of an export: each writes a sub-network, reads the file back and compares it with the model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from models.backbone import Backbone
 from utils import UserError, say
 
-from .folder import load_subnetwork
 from .network import Network
+from .opening import load
 
 OPSET = 18
 LIMIT = 1e-4  # relative error, float32
@@ -33,9 +33,9 @@ def write_formats(
     folder: Path,
     checks: dict[str, Tensor],
 ) -> dict[str, Any]:
-    """Writes one size and checks what was written; the files, relative to `folder`, and the relative errors.
+    """Writes one size and checks it. Returns the files, relative to `folder`, and the relative errors.
 
-    Raises UserError for an export that does not give what the model gives.
+    Raises UserError for an export whose outputs differ from the model's.
     """
     place.mkdir(exist_ok=True)
     size = Size(network, small, row)
@@ -44,7 +44,7 @@ def write_formats(
         path, logits_of = FORMATS[name](size, place)
         errors = {what: relative_error(logits_of, small, images) for what, images in checks.items()}
         words = ", ".join(f"{error:.1e} on {len(checks[what])} {what}" for what, error in errors.items())
-        if not all(error < LIMIT for error in errors.values()):  # a NaN is no error below the limit
+        if not all(error < LIMIT for error in errors.values()):  # a NaN is not below the limit
             raise UserError(f"{name} of op code {row['op_code']} differs from the model, relative error {words}")
         say(f"op code {row['op_code']}, {name}: relative error {words}")
         entry["files"][name] = str(path.relative_to(folder))
@@ -54,19 +54,19 @@ def write_formats(
 
 @torch.no_grad()
 def relative_error(logits_of: Logits, model: Backbone, images: Tensor) -> float:
-    """The largest difference of the logits as a share of the largest logit, for one image and for all at once."""
+    """The largest difference of the logits relative to the largest logit, over a batch of one image and one of all."""
     expected = model(images)
     found = torch.cat([logits_of(images[:1]), logits_of(images)[1:]])
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Formats: each writes a size into a folder, and gives the path and what the written file makes of images
+# Formats: each writes a size into a folder, and returns the path and a function that runs the written file
 
 
 @dataclass
 class Size:
-    """A sub-network, what is known of it, and, once it is asked for, its graph."""
+    """A sub-network, what is known of it, and its graph once it was asked for."""
 
     network: Network
     small: Backbone
@@ -80,19 +80,18 @@ class Size:
             batch = torch.export.Dim("batch", min=1)
             self.graph = torch.export.export(self.small, (images,), dynamic_shapes=({0: batch},))
             for node in self.graph.graph.nodes:
-                node.meta.pop("stack_trace", None)  # it names folders of this machine
+                node.meta.pop("stack_trace", None)  # it would name folders of this machine
         return self.graph
 
 
 def write_folder(size: Size, folder: Path) -> tuple[Path, Logits]:
-    """model.safetensors and config.json, which supernet.load() opens."""
-    known = ("model", "model_kwargs", "widths", "preprocessing", "macs", "params", "grade")
-    facts = {key: value for key, value in size.network.facts.items() if key not in known}
-    if not size.network.facts:
-        facts["op_code"] = size.row["op_code"]
+    """model.safetensors, config.json and model.py, which supernet.load() opens, and model.py without this project."""
+    facts: dict[str, Any] = {}
+    if not size.network.is_subnetwork:
+        facts = {"op_code": size.row["op_code"]}
         facts |= {"accuracy": {"top1": size.row["top1"]}} if "top1" in size.row else {}
     size.network.save(folder, size.small, **facts)
-    return folder, load_subnetwork(folder)[0]
+    return folder, load(folder).model
 
 
 def write_torch_export(size: Size, folder: Path) -> tuple[Path, Logits]:
@@ -104,11 +103,11 @@ def write_torch_export(size: Size, folder: Path) -> tuple[Path, Logits]:
 
 def write_onnx(size: Size, folder: Path) -> tuple[Path, Logits]:
     """model.onnx, which onnxruntime alone opens: "images" (B, C, height, width) to "logits" (B, classes), any B."""
-    import onnxruntime  # only here: an optional package
+    import onnxruntime  # here, because it is an optional package
 
     path = folder / "model.onnx"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about its own parts
+        warnings.simplefilter("ignore")  # the exporter warns about its own internals
         torch.onnx.export(
             size.program(),
             f=path,

@@ -1,4 +1,4 @@
-"""The latency of sub-networks: measured on extracted models, on this device, and kept beside the mask table."""
+"""The latency of sub-networks: measured on extracted models, on this device, and kept in latency.json."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,23 +15,22 @@ from files import read_json, write_text
 from models.backbone import Backbone
 from models.extraction import extract
 from models.macs import count_macs
+from piad.mask_table import MaskTable
 from utils import UserError, device_name, gather_over_ranks, is_main_process, progress_bar, say, synchronize
 
-if TYPE_CHECKING:
-    from piad.mask_table import MaskTable
-
 LATENCY = "latency.json"
-WARMUP = 3  # runs before the timed ones: memory is taken, kernels are chosen
+WARMUP = 3  # untimed runs, in which memory is allocated and kernels are chosen
 FEWEST, MOST = 7, 100  # timed runs
-DOUBTFUL = 1.5  # times slower than another size lets expect
-SECONDS = 1.0  # no further run is begun after so long, once the fewest are done
+DOUBTFUL = 1.5  # a size this many times slower than expected from another size is measured again
+SECONDS = 1.0  # after this time no further run starts, once the fewest are done
 
 
 @torch.inference_mode()
 def measure_latency(model: Backbone, batch_size: int, amp: torch.dtype | None = None) -> float:
-    """Seconds of a forward of `batch_size` random images, on the model's device and in its type, or under autocast.
+    """Seconds of a forward pass of `batch_size` random images, on the model's device.
 
-    The median of 7 to 100 runs, as many as begin within a second, after 3 that do not count; each is waited for.
+    The median of 7 to 100 runs, as many as start within a second, after 3 untimed ones; the device is synchronized
+    after each. amp: the dtype of autocast; None runs in the model's own dtype.
     """
     parameter = next(model.parameters())
     device = parameter.device
@@ -54,9 +53,9 @@ def measure_latency(model: Backbone, batch_size: int, amp: torch.dtype | None = 
 
 
 class Latencies:
-    """Seconds of a batch by op code, each measured when it is first asked for.
+    """Seconds per batch of each op code, measured when first asked for.
 
-    seconds: those known.  where: the batch, the device and the type in words.
+    seconds: op code -> what is known so far.  where: batch, device and dtype in words.
     """
 
     def __init__(
@@ -69,10 +68,10 @@ class Latencies:
         device: torch.device | None = None,
         path: Path | None = None,
     ):
-        """device: where to measure (default: where the model is).  path: a latency.json to read and to add to.
+        """device: where to measure (default: the model's device).  path: a latency.json to read and to add to.
 
-        Only figures of the same device, threads, batch size, type, torch version, architecture and table are taken
-        from it. Raises UserError for a file that is none.
+        Only figures of the same device, threads, batch size, dtype, torch version, architecture and table are taken
+        from it. Raises UserError for a file that does not hold latencies.
         """
         parameter = next(model.parameters())
         self.model, self.table, self.batch_size, self.amp = model, table, batch_size, amp
@@ -91,25 +90,25 @@ class Latencies:
         mine = next((entry["seconds"] for entry in self._entries() if self._is_mine(entry)), {})
         known = gather_over_ranks([mine.get(str(code), 0.0) for code in range(len(table))])[0]
         self.seconds: dict[int, float] = {code: seconds for code, seconds in enumerate(known) if seconds}
-        self.again: set[int] = set()  # those measured a second time
+        self.remeasured: set[int] = set()
         if self.seconds:
             say(f"{len(self.seconds)} latencies are known from {path}: delete it to measure them anew")
 
     def of(self, op_code: int) -> float:
-        """The seconds of an op code. With several processes the first one measures, and all get its figure.
+        """The seconds of an op code. With several processes rank 0 measures, and all get its figure.
 
-        A figure that other sizes contradict, as one taken while something else ran, is measured again, once; the lower
-        of the two counts.
+        A figure that other sizes contradict, perhaps taken while other work was running, is measured once more, and
+        the lower of the two is kept.
         """
         if op_code not in self.seconds:
             self.seconds[op_code] = self._measured(op_code)
-        if op_code not in self.again and self._is_doubtful(op_code):
-            self.again.add(op_code)
+        if op_code not in self.remeasured and self._is_doubtful(op_code):
+            self.remeasured.add(op_code)
             self.seconds[op_code] = self._measured(op_code)
         return self.seconds[op_code]
 
     def _is_doubtful(self, op_code: int) -> bool:
-        """Whether it is far slower than another size: than a larger one, or than a smaller one of nearly its MACs."""
+        """Whether it is far slower than a larger size, or than a smaller one when scaled up by the MACs."""
         macs = {code: count_macs(self.model, self.table.widths(code)) for code in self.seconds}
         return any(
             self.seconds[op_code] > DOUBTFUL * seconds * max(1.0, macs[op_code] / macs[code])
@@ -117,7 +116,7 @@ class Latencies:
         )
 
     def _measured(self, op_code: int) -> float:
-        """The lower of what is known and what the main process measures, kept in the file."""
+        """The lower of what is known and what rank 0 measures now; written to the file."""
         found = 0.0
         for _ in progress_bar(range(1) if is_main_process() else (), f"latency of op code {op_code}"):
             small = extract(self.model, self.table.widths(op_code)).to(self.device)
@@ -129,8 +128,8 @@ class Latencies:
             entries = [entry for entry in self._entries() if not self._is_mine(entry)]
             try:
                 write_text(self.path, json.dumps([*entries, mine], indent=1) + "\n")
-            except UserError as error:  # a super-network may lie where nothing can be written
-                say(f"latencies are measured anew each time: {error}")
+            except UserError as error:  # the super-network may lie in a read-only folder
+                say(f"latencies are not kept: {error}")
                 self.path = None
         return found
 
@@ -138,7 +137,7 @@ class Latencies:
         return all(entry.get(key) == value for key, value in self.key.items())
 
     def _entries(self) -> list[dict[str, Any]]:
-        """What the file holds: an entry for each device, batch size, type, torch version and network."""
+        """The content of the file: an entry for each device, batch size, dtype, torch version and network."""
         if self.path is None or not self.path.exists():
             return []
         entries = read_json(self.path)
@@ -156,7 +155,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _fingerprint(model: Backbone, table: MaskTable) -> str:
-    """Changes with the architecture, the size of the images and the table; not with the values of the weights."""
+    """A hash of the architecture, the image size and the table; the values of the weights do not matter."""
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     text = json.dumps([shapes, list(model.patch_embed.img_size), table.rows], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

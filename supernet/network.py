@@ -1,57 +1,39 @@
-"""Opening a super-network or a sub-network from its files alone, and what can be done with it from Python.
-
-The lines of the README, on the digits that `sh run_demo.sh` trains:
-
->>> from PIL import Image
->>> from models import count_macs, extract
->>> from supernet import load
->>> network = load("output/demo/peelable/digits", use_ema=True)  # or a checkpoint, or the folder of a sub-network
->>> model, table = network.model, network.table
->>> sizes = {code: count_macs(model, table.widths(code)) for code in range(len(table))}  # op code: MACs for an image
->>> code = table.select(model, max_macs=200e3, max_memory=60e3)  # the largest size that meets both; memory in bytes
->>> small = extract(model, table.widths(code))  # plain timm modules
->>> logits = small(network.read(Image.open("digit.png"))[None])  # the image as timm's configuration of the model says
->>> print(sizes[code] <= 200e3, logits.shape)
-True torch.Size([1, 10])
->>> config = network.save("output/cut", small, op_code=code)  # load("output/cut") opens it
-"""
+"""A super-network, or a sub-network, which has one size, with everything that is known about it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-from datasets import preprocessing
-from files import CheckpointFolder, load_checkpoint, read_json, shown
-from models.backbone import ALIASES, Backbone, full_widths
-from piad.mask_table import MASK_TABLE, MaskTable
-from supernet.opening import CONTRACTED, load_super_network
-from utils import UserError
-from wpac.compensation import compensate_from
+from models.backbone import Backbone, full_widths
+from models.extraction import extract
+from piad.mask_table import MaskTable
+from wpac.refit import check_refit, refit
 
-from .folder import (
-    CONFIG,
-    WEIGHTS,
-    check_model_kwargs,
-    check_preprocessing,
-    load_subnetwork,
-    save_subnetwork,
-)
+from .facts import plain
+from .latency import LATENCY, Latencies
+from .saving import save_subnetwork
+from .selection import count_sizes, evenly_spaced, largest_within
 
 
 @dataclass
 class Network:
-    """A super-network, or a sub-network, which has one size.
+    """What supernet.load(), create() and contract() give.
 
-    model: on the CPU, in eval mode; images (B, C, height, width) to logits (B, classes).  table: op code -> widths; of
-    a sub-network, op code 0 alone.  name, model_kwargs: timm's, of the backbone.  preprocessing: timm's data
-    configuration (input_size, mean, std, interpolation, crop_pct, crop_mode).  grade: how sizes are cut, "cut" or
-    "compensated"; of a sub-network, how it was made.  source: the file of the weights.  facts: a sub-network's config.
+    model: images (B, C, height, width) to logits (B, classes).  table: op code -> widths; of a sub-network, op code 0
+    alone.  name, model_kwargs: timm's, of the whole backbone.  preprocessing: timm's data configuration (input_size,
+    mean, std, interpolation, crop_pct, crop_mode).  target: what sub-networks keep of the whole network.  method: how
+    the super-network was made: "paper", "best", "piad", or None.  grade: of its sub-networks, "cut" or "compensated";
+    of a sub-network, how it was made.  averaged: whether these are averaged (EMA) weights.  stamp: what the mask table
+    and the compensation that belong to the weights carry, too.  source: the file of the weights.  facts: everything
+    else that is written down with the weights.
     """
 
     model: Backbone
@@ -59,102 +41,109 @@ class Network:
     name: str
     model_kwargs: dict[str, Any]
     preprocessing: dict[str, Any]
-    grade: str
-    source: Path
-    facts: dict[str, Any]
+    target: str = "logits"
+    method: str | None = None
+    grade: str = "cut"
+    averaged: bool = False
+    stamp: str | None = None
+    source: Path | None = None
+    is_subnetwork: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """What is written with weights of this network, so that they say what they are: plain values."""
+        return plain(
+            {
+                "model": self.name,
+                "model_kwargs": {**self.model_kwargs, "num_classes": self.model.num_classes},
+                "preprocessing": self.preprocessing,
+                "target": self.target,
+                "method": self.method,
+                "averaged_weights": self.averaged,
+                "stamp": self.stamp,
+            }
+        )
 
     def read(self, image: Image.Image) -> Tensor:
-        """An image under the evaluation transform of timm: (C, height, width), normalised."""
+        """An image under timm's evaluation transform: (C, height, width), normalized."""
         mode = "L" if self.model.in_chans == 1 else "RGB"
         return create_transform(**self.preprocessing)(image.convert(mode))
 
-    def save(self, folder: Path, small: Backbone, **facts: Any) -> dict[str, Any]:
-        """Writes a sub-network extracted from `model` as a folder that load() opens, over one there; gives its config.
+    def macs(self, op_code: int = 0, convention: str = "linear") -> int:
+        """MACs per image of an op code, in the convention "linear" or "full" (see models.count_macs)."""
+        return self.sizes(op_code, convention)["macs"]
 
-        facts: anything plain to add to config.json. Raises UserError where the folder cannot be written.
+    def sizes(self, op_code: int = 0, convention: str = "linear") -> dict[str, int]:
+        """macs (per image), params and memory (bytes of the weights) of an op code."""
+        return count_sizes(self.model, self.table.widths(op_code), convention)
+
+    def evenly_spaced(self, count: int, convention: str = "linear") -> list[int]:
+        """At most `count` op codes, from the whole network to the smallest, evenly spaced in MACs."""
+        return evenly_spaced(self.model, self.table, count, convention)
+
+    def select(
+        self,
+        *,
+        max_macs: float | None = None,
+        max_params: float | None = None,
+        max_memory: float | None = None,
+        max_latency: float | None = None,
+        min_throughput: float | None = None,
+        convention: str = "linear",
+        latencies: Latencies | None = None,
+    ) -> int:
+        """The op code of the largest sub-network that meets all limits given.
+
+        max_macs: per image, as `convention` counts ("linear" or "full").  max_params.  max_memory: bytes of the
+        weights.  max_latency: seconds per batch.  min_throughput: images per second.  The last two are measured as
+        `latencies` says (see latencies()), by default for one image on the model's device.
+        Raises UserError where no size meets the limits, naming the smallest one, or the fastest.
         """
-        return save_subnetwork(
-            Path(folder),
-            small,
-            name=self.name,
-            model_kwargs=self.model_kwargs,
-            preprocessing=self.preprocessing,
-            **{"grade": self.grade, **facts},
-        )
+        limits = {"macs": max_macs, "params": max_params, "memory": max_memory, "latency": max_latency}
+        limits = {key: limit for key, limit in limits.items() if limit is not None}
+        if max_latency is not None or min_throughput:
+            latencies = latencies or self.latencies()
+        if min_throughput:
+            limits["latency"] = min(limits.get("latency", float("inf")), latencies.batch_size / min_throughput)
+        return largest_within(self.model, self.table, limits, convention, latencies)
 
+    def latencies(
+        self,
+        batch_size: int = 1,
+        amp: torch.dtype | None = None,
+        device: torch.device | None = None,
+        folder: Path | None = None,
+    ) -> Latencies:
+        """Measured seconds per batch by op code. folder: where latency.json is kept (default: nowhere)."""
+        path = folder / LATENCY if folder else None
+        return Latencies(self.model, self.table, batch_size=batch_size, amp=amp, device=device, path=path)
 
-def load(
-    path: Path | str,
-    *,
-    name: str | None = None,
-    model_kwargs: dict[str, Any] | None = None,
-    use_ema: bool = False,
-    compensate: bool | None = None,
-) -> Network:
-    """Opens a super-network (a folder of main.py or reparam.py, or its weights) or a sub-network (its folder).
+    def cut(self, op_code: int = 0, images: Iterable[Tensor] | None = None, share_memory: bool = False) -> Backbone:
+        """The sub-network of an op code: timm's modules, physically smaller, on the model's device.
 
-    A folder's weights are those of its newest checkpoint_<epoch>.pth, else contracted.safetensors; mask_table.json
-    lies beside them, and compensation.safetensors is used where it is (compensate: True insists, False leaves it out).
-    name, model_kwargs: for weights that do not say of which model they are, such as the authors'.  use_ema: the
-    averaged weights.
-    Raises UserError for a path that holds neither, and for files that are damaged or do not go together.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give the folder of a super-network or of a sub-network")
-    folder = path if path.is_dir() else path.parent
-    is_super = (folder / MASK_TABLE).is_file() or (path.is_file() and path.name not in (WEIGHTS, CONFIG))
-    if (folder / CONFIG).is_file() and not is_super:
-        if name or model_kwargs or use_ema or compensate:
-            raise UserError(f"{path} is a sub-network, which is cut already: leave model, averaging, compensation out")
-        return _sub_network(folder)
-    weights = _weights_in(path) if path.is_dir() else path
-    facts = _facts_of(weights, name, model_kwargs or {})
-    model, table = load_super_network(facts["model"], facts["model_kwargs"], checkpoint=weights, use_ema=use_ema)
-    grade = compensate_from(weights, model, compensate)
-    kept = ("mean", "std", "interpolation", "crop_pct")
-    config = facts.get("preprocessing") or preprocessing(model, {key: facts.get(key) for key in kept})
-    config = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
-    check_preprocessing(config, model, weights)
-    return Network(model.eval(), table, facts["model"], facts["model_kwargs"], config, grade, weights, {})
+        images: batches (B, C, height, width), without labels, on which its linear layers are solved anew (refitted).
+        share_memory: read the super-network's memory where possible; the result must not be trained then.
+        Raises UserError for an op code that the table does not have, or a model that cannot be refitted.
+        """
+        if images is not None:
+            check_refit(self.model)
+        small = extract(self.model, self.table.widths(op_code), share_memory)
+        if images is not None:
+            refit(self.model, small, images)
+        return small
 
+    def subnetwork(self, op_code: int, grade: str) -> Network:
+        """cut() as a network of its own, of one size; grade: how it is made."""
+        small = self.cut(op_code)
+        table, facts = MaskTable([full_widths(small)]), {"op_code": op_code}
+        return replace(self, model=small, table=table, grade=grade, is_subnetwork=True, averaged=False, facts=facts)
 
-def _sub_network(folder: Path) -> Network:
-    model, config = load_subnetwork(folder)
-    table = MaskTable([full_widths(model)])
-    grade = config.get("grade", "cut")
-    made_of = (config["model"], config["model_kwargs"], config["preprocessing"])
-    return Network(model, table, *made_of, grade, folder / WEIGHTS, config)
+    def save(self, folder: Path | str, small: Backbone, **facts: Any) -> dict[str, Any]:
+        """Writes a sub-network as a folder that load() opens, and returns its config.json.
 
-
-def _weights_in(folder: Path) -> Path:
-    epochs = CheckpointFolder(folder, {}).epochs()
-    weights = folder / (f"checkpoint_{epochs[-1]}.pth" if epochs else CONTRACTED)
-    if not (folder / MASK_TABLE).is_file() or not weights.is_file():
-        raise UserError(
-            f"{folder} is not a super-network, which has {MASK_TABLE} beside its checkpoint_<epoch>.pth or "
-            f"{CONTRACTED}, nor a sub-network, which has {CONFIG}"
-        )
-    return weights
-
-
-def _facts_of(weights: Path, name: str | None, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What is written down with the weights (model, model_kwargs, how images are prepared), else what is given.
-
-    Raises UserError where neither says of which model they are, or where the two differ.
-    """
-    beside = weights.with_suffix(".json")
-    facts = read_json(beside) if beside.is_file() else load_checkpoint(weights).get("settings")
-    source = beside if beside.is_file() else weights
-    if not isinstance(facts, dict) or not isinstance(facts.get("model"), str):
-        if name:
-            return {"model": name, "model_kwargs": model_kwargs}
-        raise UserError(f"{source} does not say of which model it is: give its name (--model, --model-kwargs)")
-    if not isinstance(facts.get("model_kwargs"), dict):
-        raise UserError(f"{source}: model_kwargs is missing or not of type dict")
-    other = name and ALIASES.get(name, name) != ALIASES.get(facts["model"], facts["model"])
-    if other or (model_kwargs and model_kwargs != facts["model_kwargs"]):
-        known = " ".join([facts["model"], *(f"{key}={value}" for key, value in facts["model_kwargs"].items())])
-        raise UserError(f"{source} says that its model is {shown(known)}: leave --model and --model-kwargs out")
-    check_model_kwargs(facts["model"], facts["model_kwargs"], source)
-    return facts
+        The folder holds model.safetensors, config.json and model.py, which rebuilds the network without this project.
+        An older sub-network there is replaced. facts: plain values to add to config.json, such as op_code.
+        Raises UserError where the folder cannot be written.
+        """
+        kept = self.facts if self.is_subnetwork else {}
+        return save_subnetwork(Path(folder), small, self.describe(), {"grade": self.grade, **kept, **facts})

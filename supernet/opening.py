@@ -1,35 +1,155 @@
-"""A super-network from its files: a checkpoint and the mask table that goes with it."""
+"""Opening a network: one way for every program and for Python."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from models.backbone import Backbone, full_widths
-from models.loading import load_backbone
+from datasets import preprocessing as default_preprocessing
+from files import CheckpointFolder, load_checkpoint, weights_of
+from models.backbone import ALIASES, Backbone, create_backbone, create_subnetwork, full_widths
+from models.loading import head_size, load_weights
 from piad.mask_table import MASK_TABLE, MaskTable
 from utils import UserError
+from wpac.compensation import COMPENSATION, load_compensation
 
-CONTRACTED = "contracted.safetensors"  # what WPAC writes, and PIAD starts from
+from .facts import agreed_model, agreed_preprocessing, as_tuples, check_stamp, plain, read_facts, stamp_of
+from .network import Network
+from .saving import CONFIG, CONTRACTED, WEIGHTS
+
+# What a Network holds under names of its own; everything else in a description goes into its facts.
+OWN = ("model", "model_kwargs", "preprocessing", "target", "method", "averaged_weights", "stamp", "grade")
+COUNTED = ("widths", "macs", "params")  # what saving counts anew
 
 
-def load_super_network(
-    name: str,
-    model_kwargs: dict[str, Any],
+def load(
+    path: Path | str,
     *,
-    checkpoint: Path,
-    mask_table: Path | None = None,
-    num_classes: int = 1000,
+    name: str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    preprocessing: dict[str, Any] | None = None,
     use_ema: bool = False,
-) -> tuple[Backbone, MaskTable]:
-    """The full-size model, with the head of its weights, and its table, checked against each other.
+    compensate: bool | None = None,
+    mask_table: Path | None = None,
+    plain_weights: bool = False,
+    drop_path: float = 0.0,
+) -> Network:
+    """Opens a network: a folder that a program wrote, a checkpoint, contracted weights, or a sub-network's folder.
 
-    Without mask_table, the one lying beside the checkpoint is read. Raises UserError for files that are missing,
-    damaged, or of another model.
+    Of a folder, the newest checkpoint_<epoch>.pth is opened, else contracted.safetensors. The mask table is the one in
+    the checkpoint, or mask_table.json beside the weights; compensation.safetensors beside them is used where it exists.
+
+    name, model_kwargs, preprocessing: timm's name and arguments of the model and parts of its data configuration
+    (None: as the weights say). Weights of this project say all that, and what is given must agree with them; for other
+    weights the name is needed.  use_ema: the averaged weights.  compensate: True insists on a compensation, False
+    leaves it out.  mask_table: another file.  plain_weights: the whole network alone, with neither table nor
+    compensation.  drop_path: stochastic depth rate, for training.
+    Raises UserError for a path that holds no network, and for files that are damaged or do not belong together.
     """
-    if checkpoint is None:
-        raise UserError("--checkpoint is missing: give the super-network's checkpoint_<epoch>.pth")
-    model = load_backbone(name, model_kwargs, num_classes=num_classes, checkpoint=checkpoint, use_ema=use_ema)
-    table = MaskTable.load(mask_table or Path(checkpoint).parent / MASK_TABLE)
-    table.check(full_widths(model), name)
-    return model, table
+    weights = _weights_at(Path(path), plain_weights)
+    state = load_checkpoint(weights)
+    facts, source = read_facts(weights, state)
+    name, model_kwargs = agreed_model(facts, source, name, model_kwargs or {})
+    is_subnetwork = "widths" in facts
+    if is_subnetwork and (compensate or mask_table):
+        raise UserError(f"{path} is a sub-network, which is cut already: leave --compensate and --mask-table out")
+    tensors = weights_of(state, weights, use_ema)
+    kwargs = {**model_kwargs, **head_size(tensors)}
+    timm_kwargs = as_tuples(kwargs) | ({"drop_path_rate": drop_path} if drop_path else {})
+    if is_subnetwork:
+        model = create_subnetwork(name, timm_kwargs, facts["widths"])
+    else:
+        model = create_backbone(name, **timm_kwargs)
+    load_weights(model, tensors, f"checkpoint {weights}", assign=is_subnetwork)
+    network = Network(
+        model=model.eval(),
+        table=MaskTable([full_widths(model)]),
+        name=name,
+        model_kwargs=kwargs,
+        preprocessing=_preprocessing(facts, source, preprocessing or {}, model),
+        target=facts.get("target", "logits"),
+        method=facts.get("method"),
+        grade=facts.get("grade", "cut"),
+        averaged=use_ema or bool(facts.get("averaged_weights")),
+        stamp=facts.get("stamp"),
+        source=weights,
+        is_subnetwork=is_subnetwork,
+        facts={} if source == weights else {key: facts[key] for key in facts if key not in (*OWN, *COUNTED)},
+    )
+    if network.stamp and source != weights and not is_subnetwork:
+        check_stamp(network.stamp, stamp_of(model.parameters()), source, weights)
+    if not is_subnetwork and not plain_weights:
+        _add_sizes(network, state, mask_table, compensate)
+    return network
+
+
+def create(
+    name: str,
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    drop_path: float = 0.0,
+) -> Network:
+    """A network without files: timm's model of this name with timm's pretrained weights, or with new ones.
+
+    num_classes: of new weights (default: timm's). Raises UserError for a model that is not supported.
+    """
+    kwargs = dict(model_kwargs or {})
+    if not pretrained and num_classes is not None:
+        kwargs = {"num_classes": num_classes, **kwargs}
+    more = {"drop_path_rate": drop_path} if drop_path else {}
+    model = create_backbone(name, pretrained=pretrained, **kwargs, **more)
+    config = plain(default_preprocessing(model, preprocessing or {}))
+    name = ALIASES.get(name, name)
+    return Network(model.eval(), MaskTable([full_widths(model)]), name, kwargs, config)
+
+
+def _weights_at(path: Path, plain_weights: bool) -> Path:
+    """The file of the weights that a path stands for."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give weights, or the folder of a super-network or of a sub-network")
+    if path.name == CONFIG:
+        return path.with_name(WEIGHTS)
+    if path.is_file():
+        return path
+    has_table = (path / MASK_TABLE).is_file()
+    if (path / CONFIG).is_file() and not has_table:
+        return path / WEIGHTS
+    epochs = CheckpointFolder(path, {}).epochs()
+    weights = path / (f"checkpoint_{epochs[-1]}.pth" if epochs else CONTRACTED)
+    if not weights.is_file() or not (has_table or plain_weights):
+        raise UserError(
+            f"{path} is not a super-network, which has {MASK_TABLE} beside its checkpoint_<epoch>.pth or "
+            f"{CONTRACTED}, nor a sub-network, which has {CONFIG}"
+        )
+    return weights
+
+
+def _preprocessing(facts: dict[str, Any], source: Path, given: dict[str, Any], model: Backbone) -> dict[str, Any]:
+    known = facts.get("preprocessing")
+    if known is None:  # weights from elsewhere, and checkpoints of earlier versions, whose settings are the flags
+        flags = {key: facts.get(key) for key in ("mean", "std", "interpolation", "crop_pct")}
+        flags |= {key: value for key, value in given.items() if value is not None}
+        return plain(default_preprocessing(model, flags))
+    return agreed_preprocessing(plain(known), source, given, model)
+
+
+def _add_sizes(network: Network, state: dict[str, Any], mask_table: Path | None, compensate: bool | None) -> None:
+    """Gives a network its mask table and its compensation, each checked against the weights."""
+    weights = network.source
+    stamp = network.stamp or stamp_of(network.model.parameters())
+    if "mask_table" in state and mask_table is None:
+        network.table = MaskTable.from_json(state["mask_table"])
+    else:
+        path = mask_table or weights.with_name(MASK_TABLE)
+        network.table = MaskTable.load(path)
+        check_stamp(network.table.meta.get("stamp"), stamp, path, weights)
+    network.table.check(full_widths(network.model), network.name)
+    path = weights.with_name(COMPENSATION)
+    if compensate and not path.exists():
+        raise UserError(f"--compensate: {path} does not exist; reparam.py --method best writes it")
+    if path.exists() and compensate is not False:
+        load_compensation(path, network.model, stamp)
+        network.grade = "compensated"

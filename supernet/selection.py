@@ -1,67 +1,23 @@
-"""Choosing op codes of a mask table by size: amounts as they are typed and shown, counted sizes, budgets."""
+"""Choosing op codes of a mask table by size."""
 
 from __future__ import annotations
 
 import bisect
-from typing import TYPE_CHECKING
 
 from models.backbone import Backbone
 from models.macs import count_macs, count_params
+from piad.mask_table import MaskTable
 from utils import UserError
 
+from .amounts import format_amount, format_seconds
 from .latency import Latencies
-
-if TYPE_CHECKING:
-    from piad.mask_table import MaskTable
-
-UNITS = {
-    "amount": {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9},
-    "bytes": {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30},
-    "seconds": {"S": 1.0, "MS": 1e-3, "US": 1e-6},
-}
-
-
-def parse_amount(text: str, kind: str = "amount") -> float:
-    """ "2.4G" -> 2.4e9; of kind bytes "40MB" -> 4e7 ("MiB" is 2**20), of kind seconds "5ms" -> 5e-3.
-
-    Raises ValueError for anything else, a unit that is left out among it.
-    """
-    number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-    unit = text[len(number) :].strip().upper()
-    if unit not in UNITS[kind]:
-        raise ValueError(f"{text} has not one of the units {', '.join(UNITS[kind])}")
-    value = float(number) * UNITS[kind][unit]
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{text} is not a positive amount")
-    return value
-
-
-def format_amount(value: float, unit: str = "") -> str:
-    """2.4e9 -> "2.4G", three digits; with a unit, such as B, "2.4 GB"."""
-    space = " " if unit else ""
-    for prefix, factor in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= factor * (1 - 5e-4):  # what would round to 1,000 of the next prefix down
-            return f"{value / factor:.3g}{space}{prefix}{unit}"
-    return f"{value:.3g}{space}{unit}"
-
-
-def format_seconds(value: float) -> str:
-    """5e-3 -> "5 ms", three digits."""
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
 def count_sizes(model: Backbone, widths: dict[str, int] | None = None, convention: str = "linear") -> dict[str, int]:
-    """macs (one image), params and memory (bytes of the weights, in the model's type) of a sub-network of `model`."""
+    """macs (per image), params and memory (bytes of the weights, in the model's dtype) of a sub-network of `model`."""
     params = count_params(model, widths)
     item = next(model.parameters()).element_size()
     return {"macs": count_macs(model, widths, convention), "params": params, "memory": params * item}
-
-
-def format_sizes(sizes: dict[str, float]) -> str:
-    """What count_sizes() gives, and the latency in seconds where there is one, as words."""
-    words = [f"{format_amount(sizes['macs'])} MACs", f"{format_amount(sizes['params'])} parameters"]
-    words.append(format_amount(sizes["memory"], "B"))
-    return ", ".join(words + ([format_seconds(sizes["latency"])] if "latency" in sizes else []))
 
 
 def largest_within(
@@ -71,11 +27,12 @@ def largest_within(
     convention: str = "linear",
     latencies: Latencies | None = None,
 ) -> int:
-    """The largest op code that meets all limits: macs, params, memory and latency, see MaskTable.select().
+    """The op code of the largest sub-network that meets all limits: macs, params, memory (bytes), latency (seconds).
 
-    What is counted never grows with the op code, so bisection finds the largest size exactly. Latency is measured on
-    about log2(op codes) sizes, also by bisection, but falls with the op code only on the whole: what is given is the
-    largest of the sizes that were measured, none of whose next size up meets the limit; a larger one may.
+    MACs, parameters and memory never grow with the op code, so bisection finds the largest size exactly. Latency is
+    measured on about log2(op codes) sizes, also by bisection, but does not fall with every op code: the answer is the
+    largest of the measured sizes that is fast enough and whose next larger size is too slow.
+    Raises UserError where no size meets the limits, naming the smallest or the fastest one.
     """
     counted = {key: limit for key, limit in limits.items() if key != "latency"}
 
@@ -120,7 +77,7 @@ def _too_small(model: Backbone, table: MaskTable, limits: dict[str, float], conv
 
 
 def evenly_spaced(model: Backbone, table: MaskTable, count: int, convention: str = "linear") -> list[int]:
-    """At most `count` op codes, from 0 to the smallest, whose MACs lie as evenly as the table allows."""
+    """At most `count` op codes, from 0 to the smallest network, whose MACs lie as evenly as the table allows."""
     macs = [count_macs(model, row, convention) for row in table.rows]
     step = (macs[0] - macs[-1]) / max(count - 1, 1)
     wanted = [macs[0] - step * i for i in range(count)]

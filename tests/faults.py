@@ -1,6 +1,6 @@
-"""Hurting a run: main.py in real processes, what goes wrong at an exact place, and what must be the same afterwards.
+"""Fault injection: runs main.py in real processes, lets a fault happen at an exact place, and compares output folders.
 
-As a script it is what torchrun starts: faults.py <the faults, as JSON> <main.py's arguments>.
+torchrun starts this file as a script: faults.py <faults as JSON> <arguments of main.py>.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
-# A fresh process that has imported what is slow to import, and forks one process a run.
+# A server process that has imported the packages that are slow to import, and forks one process per run and rank.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(
     [
@@ -43,19 +43,22 @@ FORK.set_forkserver_preload(
     ]
 )
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-SECONDS = 60  # what no run, hurt or not, may take
+SECONDS = 60  # limit for every run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What goes wrong
+# Faults
 
 
 @dataclass(frozen=True)
 class Fault:
-    """At the `call`-th call of a function ("module:name.name"), counted from 1 in each process, `what` happens.
+    """Something that happens when a function is called. Under torchrun it does not happen again after a restart.
 
-    what: a key of BEFORE or AFTER; value: its argument; rank: where, None = on every rank.  Under torchrun it happens
-    in the first life only, not again after a restart.
+    at: The function, as "module:name.name".
+    call: Number of the call, counted from 1 in each process.
+    what: What happens, a key of BEFORE or AFTER.
+    value: Argument of `what`.
+    rank: Rank on which it happens, None for all ranks.
     """
 
     at: str
@@ -80,7 +83,7 @@ def raise_error(name: str, *_: Any) -> None:
 
 
 def fill_disk(folder: str, *_: Any) -> None:
-    """Leaves no byte free where the folder lies."""
+    """Fills the file system of the folder to the last byte."""
     block = 2**16
     with contextlib.suppress(OSError), (Path(folder) / "ballast").open("wb", buffering=0) as file:
         while file.write(bytes(block)) == block:
@@ -93,7 +96,7 @@ def limit_file_size(size: int, *_: Any) -> None:
 
 
 def take_permission(folder: str, *_: Any) -> None:
-    """No new file in the folder, for root neither."""
+    """Forbids new files in the folder. Root gives up its privileges, since permissions do not apply to it."""
     Path(folder).chmod(0o555)
     if os.geteuid() == 0:
         os.setegid(65534)
@@ -108,7 +111,7 @@ def kill_workers(*_: Any) -> None:
 
 
 def perturb_weights(size: float, run: Any, *_: Any) -> None:
-    """Moves one number of the weights of an engine.Run."""
+    """Changes one number of the weights of an engine.Run."""
     import torch
 
     with torch.no_grad():
@@ -116,16 +119,17 @@ def perturb_weights(size: float, run: Any, *_: Any) -> None:
 
 
 def cut_table(_value: Any, run: Any, *_: Any) -> None:
-    """Takes the last op code from the table of an engine.Run."""
+    """Removes the last op code from the mask table of an engine.Run."""
     run.regime.table.rows.pop()
 
 
-def tear_and_kill(_value: Any, _result: None, _state: Any, path: Path) -> None:
-    """After torch.save(): as if the process had been killed in the middle of it."""
+def truncate_and_kill(_value: Any, _result: None, _state: Any, path: Path) -> None:
+    """After torch.save(): as if the process had been killed while writing."""
     os.truncate(path, path.stat().st_size // 2)
     kill_self()
 
 
+# Called before the function, with the value and the arguments of the function.
 BEFORE: dict[str, Callable[..., None]] = {
     "kill": kill_self,
     "signal": signal_self,
@@ -137,12 +141,15 @@ BEFORE: dict[str, Callable[..., None]] = {
     "perturb": perturb_weights,
     "cut table": cut_table,
 }
-# These get what the function gave, and may give something else in its place.
-AFTER: dict[str, Callable[..., Any]] = {"tear": tear_and_kill, "multiply": lambda value, result, *_: result * value}
+# Called after the function, with the value, the result and the arguments of the function; returns the new result.
+AFTER: dict[str, Callable[..., Any]] = {
+    "truncate": truncate_and_kill,
+    "multiply": lambda value, result, *_: result * value,
+}
 
 
-def arm(fault: Fault) -> None:
-    """Puts the fault in its place, in this process."""
+def install(fault: Fault) -> None:
+    """Patches the function of the fault in this process."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
     if fault.rank is not None and fault.rank != int(os.environ.get("RANK", 0)):
@@ -166,9 +173,9 @@ def arm(fault: Fault) -> None:
 
 
 def run_main(faults: list[Fault], arguments: list[str]) -> None:
-    """main.py as its file does when it is called, with the faults in their places."""
+    """Runs main.py as a script, with the faults installed."""
     for fault in faults:
-        arm(fault)
+        install(fault)
     sys.argv = ["main.py", *arguments]
     runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
 
@@ -178,8 +185,8 @@ def run_main(faults: list[Fault], arguments: list[str]) -> None:
 
 
 @dataclass
-class Ended:
-    """How a run ended: exit code (minus the signal that killed it), and what it said, for each rank."""
+class EndedRun:
+    """How a run ended, per rank: exit code (or minus the number of the signal that killed it), stdout and stderr."""
 
     codes: list[int]
     outs: list[str]
@@ -199,8 +206,8 @@ class Ended:
     def error(self) -> str:
         return "".join(self.errors)
 
-    def one_line(self, rank: int = 0) -> str:
-        """What a user reads who made a mistake: this one line on stderr, and nothing else from any rank."""
+    def error_line(self, rank: int = 0) -> str:
+        """The error message of a rank. Asserts exit code 2, and that no rank wrote anything else to stderr."""
         assert self.codes[rank] == 2, self
         assert [len(text.splitlines()) for text in self.errors] == [int(r == rank) for r in range(len(self.codes))], (
             self.error
@@ -209,34 +216,36 @@ class Ended:
         return self.errors[rank]
 
 
-class Started:
-    """A run of main.py in `processes` processes, in the environment that torchrun makes, and ours to kill."""
+class StartedRun:
+    """A running main.py in `processes` processes, with the environment variables that torchrun sets."""
 
     def __init__(self, folder: Path, arguments: list[str], faults: tuple[Fault, ...] = (), processes: int = 1):
-        self.start, self.folder, self.said = time.monotonic(), folder, tempfile.TemporaryDirectory()
+        self.start, self.folder, self.output = time.monotonic(), folder, tempfile.TemporaryDirectory()
         arguments = [*map(str, arguments), "--output-dir", str(folder)]
         self.processes, port = [], str(_free_port())
         for rank in range(processes):
             names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
             values = (str(rank), str(rank), str(processes), "127.0.0.1", port)
             environment = dict(zip(names, values, strict=True)) if processes > 1 else {}
-            said = [f"{self.said.name}/{rank}.{end}" for end in ("out", "err")]
-            process = FORK.Process(target=_child, args=(environment, said, list(faults), arguments))
-            with mock.patch.dict(os.environ, ONE_THREAD):  # it counts where the server is not running yet
+            output = [f"{self.output.name}/{rank}.{end}" for end in ("out", "err")]
+            process = FORK.Process(target=_child, args=(environment, output, list(faults), arguments))
+            with mock.patch.dict(os.environ, ONE_THREAD):  # inherited by the server, which the first run starts
                 process.start()
             self.processes.append(process)
 
     def kill(self, rank: int = 0, number: int = signal.SIGKILL) -> None:
+        """Sends a signal to a rank, if it is still running."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.processes[rank].pid, number)
 
     def alive(self) -> bool:
+        """Whether any rank is still running."""
         return any(process.is_alive() for process in self.processes)
 
-    def wait(self, seconds: float = SECONDS) -> Ended:
-        """Waits for the end of all processes; as torchrun does, it asks the others to stop where one has failed.
+    def wait(self, seconds: float = SECONDS) -> EndedRun:
+        """Waits until all processes have ended. If one fails, the others are terminated, as torchrun does.
 
-        A run that takes longer is killed, and a TimeoutError.
+        Kills the run and raises TimeoutError if it takes longer than `seconds`.
         """
         failed = False
         while self.alive() and time.monotonic() < self.start + seconds:
@@ -250,27 +259,27 @@ class Started:
             self.kill(rank)
             self.processes[rank].join()
         ranks = range(len(self.processes))
-        said = [[Path(self.said.name, f"{rank}.{end}").read_text() for rank in ranks] for end in ("out", "err")]
-        self.said.cleanup()
+        output = [[Path(self.output.name, f"{rank}.{end}").read_text() for rank in ranks] for end in ("out", "err")]
+        self.output.cleanup()
         if late:
-            raise TimeoutError(f"ranks {late} of {self.folder} did not end within {seconds} s: {said}")
-        return Ended([process.exitcode for process in self.processes], *said, time.monotonic() - self.start)
+            raise TimeoutError(f"ranks {late} of {self.folder} did not end within {seconds} s: {output}")
+        return EndedRun([process.exitcode for process in self.processes], *output, time.monotonic() - self.start)
 
 
-def _child(environment: dict[str, str], said: list[str], faults: list[Fault], arguments: list[str]) -> None:
+def _child(environment: dict[str, str], output: list[str], faults: list[Fault], arguments: list[str]) -> None:
     os.environ.update(environment)
-    for number, path in enumerate(said, 1):
+    for number, path in enumerate(output, 1):  # stdout and stderr
         with Path(path).open("wb") as file:
             os.dup2(file.fileno(), number)
     import torch
     from tqdm import tqdm
 
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own is for several processes, and stays behind when this one is killed
+    tqdm.set_lock(threading.RLock())  # the default lock is shared by processes, and a killed process leaves it behind
     try:
         run_main(faults, arguments)
     finally:
-        os.seteuid(os.getuid())  # where permission was taken: multiprocessing cleans up behind us
+        os.seteuid(os.getuid())  # after "take permission", since multiprocessing still has to clean up
 
 
 def _free_port() -> int:
@@ -279,26 +288,26 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run(folder: Path, arguments: list[str], *faults: Fault, processes: int = 1) -> Ended:
-    """Runs main.py to its end, whichever it is."""
-    return Started(folder, arguments, faults, processes).wait()
+def run(folder: Path, arguments: list[str], *faults: Fault, processes: int = 1) -> EndedRun:
+    """Runs main.py until it ends, by itself or by a fault."""
+    return StartedRun(folder, arguments, faults, processes).wait()
 
 
-def resume(folder: Path, arguments: list[str], *faults: Fault, processes: int = 1) -> Ended:
-    """Goes on where a run stopped."""
-    # TensorBoard orders its files by the second in which they were begun, which is the fourth part of their names.
+def resume(folder: Path, arguments: list[str], *faults: Fault, processes: int = 1) -> EndedRun:
+    """Runs main.py with --resume auto in the folder of an earlier run."""
+    # TensorBoard orders its files by the second of their creation, which is the fourth part of their names.
     begun = [int(path.name.split(".")[3]) for path in (folder / "tensorboard").glob("events.out.tfevents.*")]
     time.sleep(max(0.0, max(begun, default=0) + 1 - time.time()))
     return run(folder, [*arguments, "--resume", "auto"], *faults, processes=processes)
 
 
 def torchrun(folder: Path, arguments: list[str], *faults: Fault, processes: int = 2) -> subprocess.CompletedProcess:
-    """Runs main.py under torchrun with --max-restarts 3 and --resume auto, to its end."""
+    """Runs main.py under torchrun with --max-restarts 3 and --resume auto until it ends."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "3", "--nproc_per_node", processes]
     command = [sys.executable, *launcher, __file__, json.dumps([asdict(fault) for fault in faults]), *arguments]
     return subprocess.run(
         [*map(str, command), "--output-dir", str(folder), "--resume", "auto"],
-        # Or a restarted process finds the addresses of those that are gone: https://github.com/pytorch/pytorch/issues/135712
+        # Otherwise a restarted process finds stale addresses: https://github.com/pytorch/pytorch/issues/135712
         env=os.environ | ONE_THREAD | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         capture_output=True,
         text=True,
@@ -308,14 +317,14 @@ def torchrun(folder: Path, arguments: list[str], *faults: Fault, processes: int 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A run to hurt
+# The run that faults happen to
 
 
 def make_run(folder: Path) -> list[str]:
-    """Arguments of a PIAD run of three epochs of five steps, in which everything that can be drawn is drawn.
+    """Arguments of main.py for a PIAD run of three epochs of five steps, with all random augmentations switched on.
 
-    Its data, some of the digits as an image folder, and its weights to start from are written into `folder`. The
-    dropout list grows in epochs 0 and 1; it saves after the second and the fourth step and at the end of an epoch.
+    Its data set (some of the digits as an image folder) and initial weights are written into `folder`. The dropout list
+    grows in epochs 0 and 1. Checkpoints are saved after the second and fourth step and at the end of each epoch.
     """
     import torch
     from programs import MODEL, tiny_digits_model
@@ -333,27 +342,26 @@ def make_run(folder: Path) -> list[str]:
     torch.manual_seed(0)
     save_file(tiny_digits_model().state_dict(), folder / "contracted.safetensors")
     data = ["--data-set", "folder", "--data-path", folder / "digits", "--workers", 0, "--batch-size", 50]
-    drawn = ["--aa", "rand-m5-inc1", "--reprob", 0.5, "--mixup", 0.8, "--cutmix", 1, "--drop-path", 0.2]
+    augmentation = ["--aa", "rand-m5-inc1", "--reprob", 0.5, "--mixup", 0.8, "--cutmix", 1, "--drop-path", 0.2]
     piad = ["--stage", "piad", "--proxy-samples", 40, "--progressive-epochs", 2, "--checkpoint-steps", 2]
     training = ["--epochs", 3, "--lr", 1e-2, "--ema-decay", 0.9, "--device", "cpu"]
-    arguments = [*MODEL, *data, *drawn, *piad, *training, "--checkpoint", folder / "contracted.safetensors"]
+    arguments = [*MODEL, *data, *augmentation, *piad, *training, "--checkpoint", folder / "contracted.safetensors"]
     return [str(argument) for argument in arguments]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What must be the same
+# Comparing output folders
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float | bytes | None]]]:
-    """Every TensorBoard scalar and picture of a run: name -> (step, value), as its readers see them.
+    """Every TensorBoard scalar and picture of a run: name -> [(step, value), ...], as TensorBoard reads them.
 
-    None in place of the values under machine/, speed and memory: they are others each time, so that two runs can only
-    be alike in their steps.
+    Values under machine/ (speed and memory) are replaced by None, since they differ from run to run.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util import tb_logging
 
-    tb_logging.get_logger().setLevel("ERROR")  # that a resumed run begins before the end of the killed one is our wish
+    tb_logging.get_logger().setLevel("ERROR")  # hides the warning that a resumed run repeats steps
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
     found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     found = {tag: [(s, None if tag.startswith("machine/") else v) for s, v in values] for tag, values in found.items()}
@@ -362,7 +370,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float | bytes | None]]]:
 
 
 def differences(found: Path, expected: Path) -> list[str]:
-    """Where two output folders differ in what they hold, bit for bit; nothing where they do not."""
+    """The differences of two output folders, one line each. Tensors and texts are compared bit for bit."""
     return [line for check in (_names, _checkpoints, _texts, _scalars) for line in check(found, expected)]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from programs import COMMON, NAME, PROXY, TRAIN, Road, exit_code, run, snapshot, tiny_digits_model
 from safetensors.torch import load_file
+from supernet.folder import load_subnetwork
 
 import datasets
 from datasets import preprocessing
@@ -17,7 +18,7 @@ from engine import evaluate
 from models.backbone import full_widths
 from models.extraction import extract
 from piad.mask_table import MaskTable
-from supernet.folder import load_subnetwork
+from supernet.facts import stamp_of
 from wpac.compensation import COMPENSATION, load_compensation
 
 BEST = [*COMMON, *PROXY, "--method", "best", "--mask-table", "--dropout-ratio", 0.9]
@@ -35,7 +36,7 @@ def model_in(folder: Path, compensated: bool) -> torch.nn.Module:
     model = tiny_digits_model()
     model.load_state_dict(load_file(folder / "contracted.safetensors"))
     if compensated:
-        load_compensation(folder / COMPENSATION, model)
+        load_compensation(folder / COMPENSATION, model, stamp_of(model.parameters()))
     return model.eval()
 
 

@@ -15,10 +15,10 @@ from tiny import random_backbone
 
 from models.backbone import full_widths, modules_of
 from models.extraction import extract
-from models.macs import count_macs, count_params, macs_per_dim
-from supernet import latency
-from piad.dropout_list import grow, unit_sizes
+from models.macs import count_macs, count_params
+from piad.dropout_list import grow, units_of
 from piad.mask_table import MaskTable
+from supernet import latency
 from supernet.latency import LATENCY, Latencies, measure_latency
 from supernet.selection import count_sizes, format_amount, format_seconds, parse_amount
 from utils import UserError
@@ -30,8 +30,7 @@ def network() -> tuple[VisionTransformer, MaskTable]:
     model = random_backbone(dtype=torch.float32)
     modules = modules_of(model)
     importance = {key: torch.arange(module.width, 0, -1).double().numpy() for key, module in modules.items()}
-    macs = {key: macs_per_dim(module) for key, module in modules.items()}
-    return model, grow(MaskTable([full_widths(model)]), importance, unit_sizes(modules), macs, 0.9 * count_macs(model))
+    return model, grow(MaskTable([full_widths(model)]), importance, units_of(model), 0.9 * count_macs(model))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What is kept makes up for what is cut: exact at full width, least squares at every other, and the bases for it."""
+"""Compensation: exact at full width, least squares at every other; bases and orders, refitting, and the file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from models.backbone import Module, full_widths, last_layer, modules_of
 from models.elastic import make_elastic, set_widths
 from models.extraction import extract
+from studies.centring import centre_values
+from supernet.facts import stamp_of
 from utils import UserError
 from wpac.allocation import dim_errors
 from wpac.bases import elimination_order, score_bases, square_roots, value_basis
 from wpac.compensation import (
     COMPENSATION,
-    EVEN,
+    UNIFORM_SHARE,
     Compensation,
     OutputCollector,
     OutputMoments,
@@ -33,7 +35,7 @@ from wpac.compensation import (
 )
 from wpac.refit import refit
 from wpac.statistics import collect_statistics
-from wpac.transform import centre_values, contract
+from wpac.transform import contract
 
 WITH_BIASES = [name for name in VARIANTS if name != "no_bias"]
 
@@ -51,13 +53,14 @@ def contracted(variant: str = "plain", count: int = 24, **more) -> tuple[nn.Modu
 
 
 def wide_data(n: int, rank: int, count: int, seed: int) -> Tensor:
-    """(count, n): correlated inputs that lie in `rank` directions, not centred."""
+    """Correlated inputs (count, n) of rank `rank` with a mean other than zero."""
     generator = torch.Generator().manual_seed(seed)
     factor = torch.randn(rank, n, generator=generator, dtype=torch.float64)
     return torch.randn(count, rank, generator=generator, dtype=torch.float64) @ factor + factor.sum(0)
 
 
 def moments_of(x: Tensor, outputs: int = 3) -> OutputMoments:
+    """The moments of inputs x (count, n), all weighted equally, with the identity as metric."""
     covariance = torch.cov(x.T, correction=0).view(x.shape[1], x.shape[1])
     one = torch.eye(outputs, dtype=torch.float64)
     return OutputMoments(x.mean(0), covariance, one, torch.ones(1, dtype=torch.float64))
@@ -70,7 +73,7 @@ def moments_of(x: Tensor, outputs: int = 3) -> OutputMoments:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 9), st.integers(1, 9), st.integers(10, 30), st.integers(0, 2**31 - 1))
 def test_a_compensated_layer_is_the_least_squares_solution_on_the_data(n, rank, count, seed):
-    """Solved directly, on explicit rows: inputs, and a row a dim that damps it."""
+    """Compared with a direct least-squares solution, in which further rows of the inputs express the damping."""
     x = wide_data(n, rank, count, seed)
     weight, bias = torch.randn(3, n, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     moments, damping = moments_of(x), 1e-3
@@ -78,18 +81,18 @@ def test_a_compensated_layer_is_the_least_squares_solution_on_the_data(n, rank, 
     centred = x - x.mean(0)
     damp = (damping * count * moments.covariance.diagonal().mean()).sqrt()
     for k in range(1, n):
-        # The guess of the rest from the first k is damped; the layer then takes it in.
+        # The prediction of the other inputs from the first k is damped; the layer then absorbs it.
         rows = torch.cat([centred[:, :k], damp * torch.eye(k, dtype=torch.float64)])
         targets = torch.cat([centred[:, k:], torch.zeros(k, n - k, dtype=torch.float64)])
-        guess = torch.linalg.lstsq(rows, targets, driver="gelsd").solution  # (k, n - k)
-        wanted = weight[:, :k] + weight[:, k:] @ guess.T
+        prediction = torch.linalg.lstsq(rows, targets, driver="gelsd").solution  # (k, n - k)
+        wanted = weight[:, :k] + weight[:, k:] @ prediction.T
         wanted_bias = bias + weight @ moments.mean - wanted @ moments.mean[:k]
         cut, cut_bias = found(weight, bias, k)
         assert relative(cut, wanted) < 1e-8
         assert relative(cut_bias, wanted_bias) < 1e-8
 
 
-def test_without_damping_no_layer_of_its_size_is_nearer(seed: int = 0):
+def test_without_damping_no_layer_of_the_same_size_is_better(seed: int = 0):
     x = wide_data(6, 6, 50, seed)
     weight, bias = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     moments = moments_of(x)
@@ -103,7 +106,7 @@ def test_without_damping_no_layer_of_its_size_is_nearer(seed: int = 0):
 
 
 def test_one_factor_serves_every_size():
-    """Cutting to k and then to j < k is cutting to j at once: the moments of a prefix are a prefix of the moments."""
+    """Cutting to k and then to j < k equals cutting to j directly."""
     moments = moments_of(wide_data(8, 8, 40, 3))
     lower = torch.linalg.cholesky(moments.damped(1e-3))
     weight, bias = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
@@ -138,7 +141,7 @@ def test_singular_inputs_give_a_finite_layer_that_is_no_worse(spoil):
 
 @pytest.mark.parametrize("spread", [0, 1e-4, 1])
 def test_moments_of_a_float32_model_can_be_factorised(spread):
-    """However far the inputs lie from zero, and with next to no damping."""
+    """Even if their mean is large compared with their spread, and almost without damping."""
     collector = OutputCollector(Module("0.mlp", 0, "mlp", 300, 1, 3), torch.device("cpu"))
     x = 30 + spread * torch.randn(2, 50, 300, generator=torch.Generator().manual_seed(0))
     collector.update(x, torch.ones(2, 50, 3))
@@ -149,13 +152,13 @@ def test_moments_of_a_float32_model_can_be_factorised(spread):
     assert (moments.covariance - wanted).norm() <= moments.rounding
 
 
-def test_a_module_for_which_it_is_worse_goes_without():
+def test_a_module_that_compensation_makes_worse_is_not_compensated():
     model, moments = contracted()
     bad = copy.copy(moments["1.mlp"])
     bad.covariance = bad.covariance * float("nan")
-    with pytest.raises(torch.linalg.LinAlgError):  # no covariance at all is no moment
+    with pytest.raises(torch.linalg.LinAlgError):
         torch.linalg.cholesky(bad.damped())
-    # Moments under which the guess does harm: of anti-correlated inputs, claimed for correlated ones.
+    # A factor that does not belong to the inputs: that of the same inputs in reverse order.
     worse = copy.copy(moments["1.mlp"])
     worse.damped = lambda _damping: moments["1.mlp"].damped().flip(0).flip(1)
     refused = compensate(model, moments | {"1.mlp": worse})
@@ -169,7 +172,7 @@ def test_a_module_for_which_it_is_worse_goes_without():
 
 
 @pytest.mark.parametrize("variant", WITH_BIASES)
-def test_contraction_by_effect_keeps_the_logits(variant, data):
+def test_contraction_by_the_method_best_keeps_the_logits(variant, data):
     model = random_backbone(variant)
     before = model(data[0]).detach()
     statistics = collect_statistics(model, [data], outputs=True)
@@ -182,8 +185,8 @@ def test_contraction_by_effect_keeps_the_logits(variant, data):
 
 
 @pytest.mark.parametrize("method", [("wpac", "taylor"), ("fisher", "fisher")])
-def test_a_proxy_set_of_fewer_tokens_than_a_head_has_dims(method, data):
-    """One image of 5 tokens, 16 dims a head, 192 hidden units: finite, exact at full width, and it can be cut."""
+def test_a_proxy_set_with_fewer_tokens_than_dims_per_head(method, data):
+    """One image of 5 tokens, 16 dims per head, 192 hidden units: finite, exact at full width, and it can be cut."""
     model = random_backbone(patch_size=16)
     images, targets = data
     before = model(images).detach()
@@ -195,7 +198,7 @@ def test_a_proxy_set_of_fewer_tokens_than_a_head_has_dims(method, data):
 
 
 def test_moments_follow_the_contraction(data):
-    """What contract() and centre_values() make of the moments is what is found when they are taken anew."""
+    """The moments that contract() and centre_values() transform equal those of the contracted model."""
     for variant in ("plain", "five_heads", "layer_scale"):
         model = random_backbone(variant)
         statistics = collect_statistics(model, [data], "ce", outputs=True)
@@ -206,7 +209,7 @@ def test_moments_follow_the_contraction(data):
             order = torch.arange(module.heads * module.width)
             if module.kind == "attn":
                 order = order.view(module.heads, module.width).T.flatten()
-            found, expected = statistics.outputs[key], again.outputs[key].ordered(order)
+            found, expected = statistics.outputs[key], again.outputs[key].reordered(order)
             scale = expected.covariance.diagonal().mean().sqrt()
             assert (found.mean - expected.mean).abs().max() < 1e-9 * scale
             assert relative(found.covariance, expected.covariance) < 1e-9
@@ -230,7 +233,7 @@ def test_last_layer_moments_equal_the_reference(backbone, data):
             rows.insert(0, (x[0].detach(), g[0]))
         hook.remove()
         energy = torch.stack([g.square().sum(1) for _, g in rows])  # (images, N)
-        weight = EVEN + (1 - EVEN) * energy / energy.mean(1, keepdim=True)
+        weight = UNIFORM_SHARE + (1 - UNIFORM_SHARE) * energy / energy.mean(1, keepdim=True)
         x, g = torch.cat([x for x, _ in rows]), torch.cat([g for _, g in rows])
         w = weight.flatten() / weight.sum()
         mean = w @ x
@@ -249,7 +252,7 @@ def test_moments_do_not_depend_on_the_batch_size(any_backbone, data, size):
             assert relative(getattr(parts[key], name), getattr(whole[key], name)) < 1e-10
 
 
-def test_moments_and_a_refit_of_two_processes_equal_those_of_one(tmp_path):
+def test_moments_and_refitting_of_two_processes_equal_those_of_one(tmp_path):
     alone = last_layer_moments(slice(0, 8))
     for rank in run_in_ranks(last_layer_moments_of_rank, 2, tmp_path):
         assert rank.keys() == alone.keys()
@@ -276,8 +279,8 @@ def test_an_extracted_compensated_model_equals_the_compensated_super_network(var
     assert relative(super_network(data[0]), small(data[0])) < 1e-10
 
 
-def test_what_is_cut_learns_through_the_compensation(data):
-    """With it the dropped columns of the last layers have a gradient, as they take part."""
+def test_cut_columns_have_a_gradient_through_compensation(data):
+    """Compensation uses the cut columns of the last layer, but not the cut rows of the first."""
     model = make_elastic(contracted()[0])
     set_widths(model, {key: width // 2 for key, width in full_widths(model).items()})
     model(data[0]).sum().backward()
@@ -286,8 +289,8 @@ def test_what_is_cut_learns_through_the_compensation(data):
     assert model.blocks[0].mlp.fc1.weight.grad[half:].abs().max() == 0
 
 
-def test_compensation_is_nearer_to_the_whole_network_at_every_share():
-    """On images it has not seen; random weights, so by how much is another matter."""
+def test_compensation_reduces_the_error_at_every_share():
+    """Measured on images that are not in the proxy set."""
     model, _ = contracted(count=64)
     images, _ = random_data(32, seed=9)
     plain = copy.deepcopy(model)
@@ -296,8 +299,8 @@ def test_compensation_is_nearer_to_the_whole_network_at_every_share():
     whole = model(images)
     for eighths in (2, 4, 6):
         widths = {key: width * eighths // 8 for key, width in full_widths(model).items()}
-        near, far = ((extract(m, widths)(images) - whole).square().mean() for m in (model, plain))
-        assert near < far
+        compensated, cut = ((extract(m, widths)(images) - whole).square().mean() for m in (model, plain))
+        assert compensated < cut
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,8 +309,8 @@ def test_compensation_is_nearer_to_the_whole_network_at_every_share():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 2**31 - 1))
-def test_scores_stay_and_their_best_guess_comes_first(d, rank, seed):
-    """The first k dims give the scores with the least error that any product of rank k leaves."""
+def test_the_first_dims_of_q_and_k_approximate_the_scores_best(d, rank, seed):
+    """The first k dims give a best approximation of the scores of rank k, up to RIDGE; all dims give the scores."""
     q, k = wide_data(d, rank, 60, seed), wide_data(d, min(rank + 1, d), 60, seed + 1)
     k = k - k.mean(0)
     moments = torch.stack([q.T @ q, k.T @ k])[:, None] / 60  # (2, 1, d, d)
@@ -324,7 +327,7 @@ def test_scores_stay_and_their_best_guess_comes_first(d, rank, seed):
 
 
 def test_the_first_dims_of_v_are_the_best_subspace_for_the_loss():
-    """Compared with 200 others of the same size: the least error after a least-squares guess, in the metric."""
+    """Their error in the metric, after compensation, is below that of 200 random subspaces of the same size."""
     generator = torch.Generator().manual_seed(0)
 
     def positive(n: int) -> Tensor:
@@ -336,8 +339,8 @@ def test_the_first_dims_of_v_are_the_best_subspace_for_the_loss():
     assert relative(T_v @ T_v.T, torch.eye(6, dtype=torch.float64)) < 1e-12
 
     def error(rows: Tensor) -> float:
-        guess = covariance[0] @ rows.T @ torch.linalg.solve(rows @ covariance[0] @ rows.T, rows)
-        lost = proj[0] @ (torch.eye(6, dtype=torch.float64) - guess)
+        prediction = covariance[0] @ rows.T @ torch.linalg.solve(rows @ covariance[0] @ rows.T, rows)
+        lost = proj[0] @ (torch.eye(6, dtype=torch.float64) - prediction)
         return (metric * (lost @ covariance[0] @ lost.T)).sum().item()
 
     for k in range(1, 5):
@@ -345,8 +348,8 @@ def test_the_first_dims_of_v_are_the_best_subspace_for_the_loss():
         assert error(T_v[:k]) < min(others)
 
 
-def test_elimination_leaves_the_best_pair_that_there_is():
-    """Of all pairs of units, where a unit that is large but told by the others is of no use."""
+def test_elimination_order_finds_the_best_pair():
+    """Compared with all pairs of units, of which two, 0 and 4, are almost the same up to scale."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(500, 4, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 2.0, 0.5, 0.1])
     x = torch.cat([x, 3 * x[:, :1] + 0.01 * torch.randn(500, 1, generator=generator, dtype=torch.float64)], 1)
@@ -361,7 +364,7 @@ def test_elimination_leaves_the_best_pair_that_there_is():
         return (centred[:, kept] @ solution.solution - centred @ weight.T).square().sum().item()
 
     pairs = {pair: error(list(pair)) for pair in [(a, b) for a in range(5) for b in range(a)]}
-    assert error(order[:2].tolist()) == pytest.approx(min(pairs.values()), rel=1e-3)  # step by step
+    assert error(order[:2].tolist()) == pytest.approx(min(pairs.values()), rel=1e-3)
     assert set(order[:2].tolist()) != {0, 4}
 
 
@@ -372,8 +375,8 @@ def test_square_roots_of_singular_moments(kind):
     assert relative(root @ inverse, torch.eye(4, dtype=torch.float64)) < 1e-9
 
 
-def test_dim_errors_are_what_a_cut_loses(data):
-    """For an MLP: the sum from k on is the error in the metric of the layer cut to k, exactly but for the damping."""
+def test_dim_errors_equal_the_error_of_a_cut(data):
+    """For an MLP, their sum from k on is the error, in the metric, of the layer cut to k, up to damping."""
     model, moments = contracted()
     statistics = collect_statistics(model, [data], outputs=True)
     statistics.outputs = moments
@@ -396,7 +399,7 @@ def test_dim_errors_are_what_a_cut_loses(data):
 
 
 @pytest.mark.parametrize("variant", ["plain", "layer_scale", "one_head", "no_qkv_bias"])
-def test_a_refitted_network_is_nearer_than_a_compensated_one(variant):
+def test_refitting_reduces_the_error_of_a_compensated_network(variant):
     model, _ = contracted(variant, count=48)
     images, _ = random_data(48)
     whole = model(images).detach()
@@ -406,14 +409,14 @@ def test_a_refitted_network_is_nearer_than_a_compensated_one(variant):
     assert (small(images) - whole).square().mean() < 0.8 * before
 
 
-def test_a_whole_network_is_not_changed_by_a_refit(data):
+def test_refitting_does_not_change_the_whole_network(data):
     model, _ = contracted()
     small = extract(model, full_widths(model))
     refit(model, small, [data[0]])
     assert relative(small(data[0]), model(data[0])) < 1e-8
 
 
-def test_a_refit_passes_over_bypassed_branches_and_silent_outputs(data):
+def test_refitting_handles_bypassed_branches_and_zero_layer_scale(data):
     model, _ = contracted("layer_scale")
     with torch.no_grad():
         model.blocks[0].ls1.gamma[0] = 0
@@ -427,23 +430,23 @@ def test_a_refit_passes_over_bypassed_branches_and_silent_outputs(data):
 
 
 @pytest.mark.parametrize("scale", [1, 1e-6, 1e6])
-def test_a_compensation_is_written_and_read(scale: float, tmp_path: Path, data):
-    """In half precision, but not where its range does not do: that of a network whose activations are tiny or huge."""
+def test_save_and_load_compensation(scale: float, tmp_path: Path, data):
+    """In half precision, but in float32 if the factor exceeds the range of float16."""
     model, _ = contracted(dtype=torch.float32)
     for module in model.modules():
         if isinstance(module, Compensation):
             module.lower *= scale
     path = tmp_path / COMPENSATION
-    assert save_compensation(path, model) == path.stat().st_size
+    assert save_compensation(path, model, stamp_of(model.parameters())) == path.stat().st_size
     again = copy.deepcopy(model)
     for block in again.blocks:
         block.attn.compensation = block.mlp.compensation = None
-    load_compensation(path, again)
+    load_compensation(path, again, stamp_of(again.parameters()))
     images = data[0].float()
     widths = some_widths(model)
     half = scale == 1
     assert relative(extract(again, widths)(images), extract(model, widths)(images)) < (2e-3 if half else 1e-5)
-    factors, vectors = 192 * 193 + 48 * 49, 2 * (192 + 48 + 2 * 17)  # numbers in two blocks
+    factors, vectors = 192 * 193 + 48 * 49, 2 * (192 + 48 + 2 * 17)  # in two blocks
     assert path.stat().st_size < (2 if half else 4) * factors + 4 * vectors + 2000
 
 
@@ -463,10 +466,10 @@ def test_a_compensation_is_written_and_read(scale: float, tmp_path: Path, data):
 def test_a_compensation_that_does_not_fit_is_refused(change, said, tmp_path: Path):
     model, _ = contracted(dtype=torch.float32)
     path = tmp_path / COMPENSATION
-    save_compensation(path, model)
+    save_compensation(path, model, stamp_of(model.parameters()))
     save_file(change(load_file(path)), path)
     with pytest.raises(UserError, match=said):
-        load_compensation(path, model)
+        load_compensation(path, model, stamp_of(model.parameters()))
 
 
 def test_a_model_without_biases_is_refused():

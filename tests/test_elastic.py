@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from models.backbone import full_widths
 from models.elastic import ElasticAttention, make_elastic, set_widths
 from models.extraction import extract
-from models.parts import BypassBlock
+from models.subnetwork import BypassBlock
 from utils import UserError
 
 EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)

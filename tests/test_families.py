@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from programs import run
+from supernet.folder import load_subnetwork, save_subnetwork
 from timm.layers import SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from tiny import PLAIN, SHAPE, batches, draw_parameters, random_data, relative, widths_strategy
@@ -21,15 +22,15 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from main import start_training
-from models.backbone import blocks_of, create_backbone, family_of, first_layers, full_widths, modules_of, value_layer
-from models.elastic import ValueLayer, ValueProjection, make_elastic, set_widths
+from models.backbone import blocks_of, create_backbone, first_layers, full_widths, modules_of, value_layer
+from models.elastic import make_elastic, set_widths
 from models.extraction import extract
 from models.macs import count_macs, count_params, fixed_macs
-from models.parts import Bypass, parameters_of
+from models.subnetwork import Bypass, ValueLayer, ValueProjection, branch_parameters
 from piad.dropout_list import unit_sizes
 from piad.progressive import ProgressiveDropout
 from studies.criteria import CRITERIA, importance_by, sort_dims
-from supernet.folder import load_subnetwork, save_subnetwork
+from supernet.facts import stamp_of
 from supernet.formats import Size
 from utils import UserError
 from wpac.compensation import compensate, load_compensation, save_compensation
@@ -89,7 +90,7 @@ def kept(model: nn.Module, widths: dict[str, int]) -> dict[str, Tensor]:
                 masks[parameter][last.repeat(len(parameter) // full)] = 0
             masks[branch.fc2.weight][:, last] = 0
         if width == 0:
-            for parameter in parameters_of(family_of(model), block, module.kind):
+            for parameter in branch_parameters(block, module.kind):
                 masks[parameter].zero_()
     return {name: masks[parameter] for name, parameter in model.named_parameters()}
 
@@ -278,14 +279,14 @@ def test_compensation_takes_in_what_it_can_and_survives_its_file(family, data, t
     statistics = collect_statistics(model, [data], outputs=True)
     contract(model, statistics, "fisher", "fisher")
     compensate(model, statistics.outputs)
-    save_compensation(tmp_path / "compensation.safetensors", model)
+    save_compensation(tmp_path / "compensation.safetensors", model, stamp_of(model.parameters()))
     widths = {key: width // 2 for key, width in full_widths(model).items()}
     expected = extract(model, widths)(data[0])
     elastic = make_elastic(copy.deepcopy(model))
     set_widths(elastic, widths)
     assert relative(elastic(data[0]), expected) < 1e-9
     again = copy.deepcopy(model)
-    load_compensation(tmp_path / "compensation.safetensors", again)
+    load_compensation(tmp_path / "compensation.safetensors", again, stamp_of(again.parameters()))
     assert relative(extract(again, widths)(data[0]), expected) < 0.05  # stored in half precision
 
 

@@ -1,4 +1,4 @@
-"""Real processes, real signals: stopped or broken anywhere, a run loses nothing and goes on as if nothing had been."""
+"""Runs that are stopped or fail at any point lose nothing and resume to the same result: real processes and signals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faults import FORK, Ended, Fault, Started, differences, make_run, resume, run, scalars, torchrun
+from faults import FORK, EndedRun, Fault, StartedRun, differences, make_run, resume, run, scalars, torchrun
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from tiny import random_backbone, random_data
@@ -38,8 +38,8 @@ PROC_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
-class Unhurt:
-    """A run that nothing happens to: its arguments, and what it left. `pair` is the same in two processes."""
+class Reference:
+    """Runs without a fault: arguments and output folders, in one process (arguments, folder) and in two (pair)."""
 
     arguments: list[str]
     folder: Path
@@ -48,19 +48,24 @@ class Unhurt:
 
 
 @pytest.fixture(scope="module")
-def unhurt(tmp_path_factory: pytest.TempPathFactory) -> Unhurt:
-    folder = tmp_path_factory.mktemp("unhurt")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    folder = tmp_path_factory.mktemp("reference")
     arguments = make_run(folder)
     pair_arguments = [*arguments, "--batch-size", "24"]
-    pair = Started(folder / "pair", pair_arguments, processes=2)
+    pair = StartedRun(folder / "pair", pair_arguments, processes=2)
     assert run(folder / "alone", arguments).codes == [0]
     assert pair.wait().codes == [0, 0]
-    return Unhurt(arguments, folder / "alone", pair_arguments, folder / "pair")
+    return Reference(arguments, folder / "alone", pair_arguments, folder / "pair")
 
 
-def assert_goes_on(folder: Path, unhurt: Unhurt, place: str | None, *faults: Fault, processes: int = 1) -> None:
-    """A resumed run begins at `place` ("epoch 1, step 2", None = anew) and leaves what the unhurt run left."""
-    arguments, expected = (unhurt.arguments, unhurt.folder) if processes == 1 else (unhurt.pair_arguments, unhurt.pair)
+def assert_resumes(folder: Path, reference: Reference, place: str | None, *faults: Fault, processes: int = 1) -> None:
+    """Resumes a run and asserts that it starts at `place`, such as "epoch 1, step 2", and ends like the reference run.
+
+    place: None for a fresh start.
+    """
+    arguments, expected = (
+        (reference.arguments, reference.folder) if processes == 1 else (reference.pair_arguments, reference.pair)
+    )
     ended = resume(folder, arguments, *faults, processes=processes)
     assert (set(ended.codes), ended.error) == ({0}, "")
     last = next(line for line in ended.out.splitlines() if not line.startswith("passing over"))
@@ -69,17 +74,19 @@ def assert_goes_on(folder: Path, unhurt: Unhurt, place: str | None, *faults: Fau
     assert found == [], "\n".join(found)
 
 
-def test_an_unhurt_run_leaves_every_step_once(unhurt: Unhurt):
-    """What the others are held against is what it should be, and what is drawn is drawn anew at each step."""
-    for folder in (unhurt.folder, unhurt.pair):
+def test_the_reference_run_logs_every_step_once(reference: Reference):
+    """And draws new random numbers at each step."""
+    for folder in (reference.folder, reference.pair):
         steps = {tag: [step for step, _ in values] for tag, values in scalars(folder).items()}
         assert steps["loss"] == steps["op_code"] == list(range(15))
         assert steps["train_loss"] == steps["top1_full"] == [4, 9, 14]
         assert [json.loads(line)["epoch"] for line in (folder / "log.txt").read_text().splitlines()] == [0, 1, 2]
         assert len({value for _, value in scalars(folder)["loss"]}) == 15
-    sizes = [len(load_checkpoint(unhurt.folder / f"checkpoint_{epoch}.pth")["mask_table"]["0.mlp"]) for epoch in (1, 2)]
+    sizes = [
+        len(load_checkpoint(reference.folder / f"checkpoint_{epoch}.pth")["mask_table"]["0.mlp"]) for epoch in (1, 2)
+    ]
     assert sizes[0] == sizes[1] > 10
-    assert differences(unhurt.folder, unhurt.pair) != []
+    assert differences(reference.folder, reference.pair) != []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +95,7 @@ def test_an_unhurt_run_leaves_every_step_once(unhurt: Unhurt):
 
 @dataclass(frozen=True)
 class Kill:
-    """Where a run is killed, and from where it has to go on (None: there is no checkpoint yet)."""
+    """Where a run is killed or stopped, and the place where it has to resume (None: there is no checkpoint yet)."""
 
     name: str
     fault: Fault
@@ -100,7 +107,7 @@ KILLS = [
     Kill("inside a step", Fault(LOSS, 9), "epoch 1, step 2"),
     Kill("between backward and step", Fault("torch.optim:AdamW.step", 10), "epoch 1, step 4"),
     Kill("between step and averaged weights", Fault("timm.utils:ModelEmaV3.update", 4), "epoch 0, step 2"),
-    Kill("while a checkpoint is written", Fault("torch:save", 5, "tear"), "epoch 1, step 2"),
+    Kill("while a checkpoint is written", Fault("torch:save", 5, "truncate"), "epoch 1, step 2"),
     Kill("between checkpoint and its place", Fault("files:sync_folder", 4), "epoch 0, step 4"),
     Kill("between checkpoint and table", Fault("piad.mask_table:MaskTable.save", 4), "epoch 1, step 2"),
     Kill("between checkpoint and deletion", Fault("files:CheckpointFolder.epochs", 7), "epoch 2, step 2"),
@@ -111,30 +118,30 @@ KILLS = [
 
 
 @pytest.mark.parametrize("kill", KILLS, ids=[kill.name for kill in KILLS])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(kill: Kill, unhurt: Unhurt, tmp_path: Path):
+def test_a_killed_run_resumes_to_the_same_result(kill: Kill, reference: Reference, tmp_path: Path):
     folder = tmp_path / "run"
-    assert run(folder, unhurt.arguments, kill.fault).code == -signal.SIGKILL
-    # An epoch entered in its middle is not refreshed again: there is no later epoch that would be.
-    never = [Fault(REFRESH)] if kill.place and kill.place > "epoch 1, step 0" else []
-    assert_goes_on(folder, unhurt, kill.place, *never)
+    assert run(folder, reference.arguments, kill.fault).code == -signal.SIGKILL
+    # A run that resumes within epoch 1 or later must not compute importance again: this fault would kill it.
+    unreached = [Fault(REFRESH)] if kill.place and kill.place > "epoch 1, step 0" else []
+    assert_resumes(folder, reference, kill.place, *unreached)
 
 
 @pytest.mark.parametrize(("damaged", "place"), [(1, "epoch 2, step 0"), (3, None)])
-def test_a_checkpoint_that_is_not_whole_is_passed_over(damaged: int, place: str | None, unhurt: Unhurt, tmp_path: Path):
-    """As a power cut may leave it: the newest checkpoints, the log and the events all end too early."""
+def test_truncated_checkpoints_are_skipped(damaged: int, place: str | None, reference: Reference, tmp_path: Path):
+    """As after a power cut: the newest checkpoints, the log and the TensorBoard events are all truncated."""
     folder = tmp_path / "run"
-    shutil.copytree(unhurt.folder, folder)
-    newest_first = sorted(folder.glob("checkpoint_*.pth"), reverse=True)  # the best is there too, if it is an older one
+    shutil.copytree(reference.folder, folder)
+    newest_first = sorted(folder.glob("checkpoint_*.pth"), reverse=True)  # with the best one, which may be older
     for path in newest_first[:damaged]:
         os.truncate(path, path.stat().st_size - 1000)
     (events,) = (folder / "tensorboard").iterdir()
     for path in (folder / "log.txt", events):
         os.truncate(path, path.stat().st_size - 10)
-    assert_goes_on(folder, unhurt, place)
+    assert_resumes(folder, reference, place)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Asked to stop
+# Stopped by a signal
 
 
 STOPS = [
@@ -148,20 +155,19 @@ STOPS = [
 
 
 @pytest.mark.parametrize("stop", STOPS, ids=[stop.name for stop in STOPS])
-def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(stop: Kill, unhurt: Unhurt, tmp_path: Path):
+def test_a_run_stopped_by_a_signal_saves_and_says_how_to_resume(stop: Kill, reference: Reference, tmp_path: Path):
     folder = tmp_path / "run"
-    ended = run(folder, unhurt.arguments, stop.fault)
+    ended = run(folder, reference.arguments, stop.fault)
     assert (ended.code, ended.error) == (0, "")
     assert ended.seconds < 30
     assert ended.out.splitlines()[-1] == (
         f"main.py: stopped by {stop.fault.value} at {stop.place}, saved; the same command with --resume auto goes on"
     )
-    assert_goes_on(folder, unhurt, stop.place)
+    assert_resumes(folder, reference, stop.place)
 
 
-def test_a_run_whose_process_is_sent_a_signal_stops(unhurt: Unhurt, tmp_path: Path):
-    """From outside, at any moment of the training."""
-    started = Started(tmp_path / "run", unhurt.arguments)
+def test_a_run_is_stopped_by_a_signal_from_another_process(reference: Reference, tmp_path: Path):
+    started = StartedRun(tmp_path / "run", reference.arguments)
     while not (tmp_path / "run" / "checkpoint_0.pth").exists():
         assert started.alive()
         time.sleep(0.01)
@@ -169,49 +175,49 @@ def test_a_run_whose_process_is_sent_a_signal_stops(unhurt: Unhurt, tmp_path: Pa
     ended = started.wait(30)
     assert (ended.code, ended.error) == (0, "")
     place = re.search(r"stopped by SIGTERM at (.*), saved", ended.out)[1]
-    assert_goes_on(tmp_path / "run", unhurt, place)
+    assert_resumes(tmp_path / "run", reference, place)
 
 
-def test_a_signal_to_one_rank_stops_all(unhurt: Unhurt, tmp_path: Path):
+def test_a_signal_to_one_rank_stops_all_ranks(reference: Reference, tmp_path: Path):
     fault = Fault(LOSS, 9, "signal", "SIGUSR1", rank=1)
-    ended = run(tmp_path / "run", unhurt.pair_arguments, fault, processes=2)
+    ended = run(tmp_path / "run", reference.pair_arguments, fault, processes=2)
     assert (ended.codes, ended.error) == ([0, 0], "")
     assert "stopped by a signal to another rank at epoch 1, step 4, saved" in ended.out
-    assert_goes_on(tmp_path / "run", unhurt, "epoch 1, step 4", processes=2)
+    assert_resumes(tmp_path / "run", reference, "epoch 1, step 4", processes=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranks
 
 
-def test_a_killed_rank_is_restarted_and_nothing_differs(unhurt: Unhurt, tmp_path: Path):
-    done = torchrun(tmp_path / "run", unhurt.pair_arguments, Fault("torch.optim:AdamW.step", 8, rank=1))
+def test_torchrun_restarts_a_killed_rank_to_the_same_result(reference: Reference, tmp_path: Path):
+    done = torchrun(tmp_path / "run", reference.pair_arguments, Fault("torch.optim:AdamW.step", 8, rank=1))
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     first, second, *_ = (line for line in done.stdout.splitlines() if "resum" in line)
     assert first.endswith("to resume: a fresh start") and second.endswith(": epoch 1, step 2")
-    assert differences(tmp_path / "run", unhurt.pair) == []
+    assert differences(tmp_path / "run", reference.pair) == []
 
 
-@pytest.mark.parametrize(("what", "said"), [("perturb", "the weights"), ("cut table", "the mask tables")])
-def test_a_rank_that_differs_is_named(what: str, said: str, unhurt: Unhurt, tmp_path: Path):
-    """At the end of the epoch in which it began to."""
+@pytest.mark.parametrize(("what", "named"), [("perturb", "the weights"), ("cut table", "the mask tables")])
+def test_a_rank_that_differs_is_named(what: str, named: str, reference: Reference, tmp_path: Path):
+    """At the end of the epoch in which it first differs."""
     fault = Fault(AFTER_STEP, 7, what, 1e-6, rank=1)
-    ended = run(tmp_path / "run", unhurt.pair_arguments, fault, processes=2)
-    assert f"{said} of rank 1 differ from those of rank 0: the run stops" in ended.one_line()
+    ended = run(tmp_path / "run", reference.pair_arguments, fault, processes=2)
+    assert f"{named} of rank 1 differ from those of rank 0: the run stops" in ended.error_line()
     assert len((tmp_path / "run" / "log.txt").read_text().splitlines()) == 1
     assert load_checkpoint(tmp_path / "run" / "checkpoint_0.pth")["epoch"] == 1
 
 
-def test_what_goes_wrong_on_all_ranks_is_said_once(unhurt: Unhurt, tmp_path: Path):
-    ended = run(tmp_path / "run", unhurt.pair_arguments, Fault(LOSS, 8, "multiply", float("nan")), processes=2)
-    assert "loss is nan at epoch 1, step 2" in ended.one_line()
+def test_an_error_on_all_ranks_is_reported_once(reference: Reference, tmp_path: Path):
+    ended = run(tmp_path / "run", reference.pair_arguments, Fault(LOSS, 8, "multiply", float("nan")), processes=2)
+    assert "loss is nan at epoch 1, step 2" in ended.error_line()
 
 
-def assert_ends_with_the_other(ended: Ended) -> None:
-    """Rank 0 either says why it stops, or is stopped by the launcher before it comes to it."""
+def assert_rank_0_ends_too(ended: EndedRun) -> None:
+    """Rank 0 either reports why it stops, or is terminated before it can."""
     line = "main.py: error: rank 0 stops because another rank is gone; its own message says why\n"
-    # torchrun's SIGTERM may come at any moment, between the line and its end too.
+    # SIGTERM may also come between the message and the end of its line.
     assert (ended.codes[0], ended.errors[0].rstrip()) in [
         (2, line.rstrip()),
         (-signal.SIGTERM, line.rstrip()),
@@ -219,39 +225,39 @@ def assert_ends_with_the_other(ended: Ended) -> None:
     ]
 
 
-def test_a_users_mistake_on_one_rank_ends_all(unhurt: Unhurt, tmp_path: Path):
-    ended = run(tmp_path / "run", unhurt.pair_arguments, Fault(LOSS, 8, "raise", "UserError", rank=1), processes=2)
+def test_a_user_error_on_one_rank_ends_all_ranks(reference: Reference, tmp_path: Path):
+    ended = run(tmp_path / "run", reference.pair_arguments, Fault(LOSS, 8, "raise", "UserError", rank=1), processes=2)
     assert ended.codes[1] == 2
     assert ended.errors[1] == "main.py: error: this went wrong\n"
-    assert_ends_with_the_other(ended)
+    assert_rank_0_ends_too(ended)
     assert ended.seconds < 60
-    assert_goes_on(tmp_path / "run", unhurt, "epoch 1, step 2", processes=2)
+    assert_resumes(tmp_path / "run", reference, "epoch 1, step 2", processes=2)
 
 
-def test_a_mistake_of_ours_on_one_rank_ends_all(unhurt: Unhurt, tmp_path: Path):
-    """Its traceback is needed; those of the other ranks, which fail because of it, would hide it."""
-    ended = run(tmp_path / "run", unhurt.pair_arguments, Fault(LOSS, 8, "raise", "ValueError", rank=1), processes=2)
+def test_an_unexpected_error_on_one_rank_ends_all_ranks(reference: Reference, tmp_path: Path):
+    """Only its traceback is shown: those of the other ranks, which fail because of it, would hide it."""
+    ended = run(tmp_path / "run", reference.pair_arguments, Fault(LOSS, 8, "raise", "ValueError", rank=1), processes=2)
     assert ended.codes[1] == 1
     assert ended.errors[1].count("Traceback") == ended.errors[1].count("ValueError: this went wrong") == 1
-    assert_ends_with_the_other(ended)
+    assert_rank_0_ends_too(ended)
     assert ended.seconds < 60
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers
+# Values that are not finite
 
 
-def test_a_loss_that_is_no_number_stops_the_run(unhurt: Unhurt, tmp_path: Path):
-    ended = run(tmp_path / "run", unhurt.arguments, Fault(LOSS, 8, "multiply", float("nan")))
-    op_code = int(dict(scalars(unhurt.folder)["op_code"])[7])
-    lr = dict(scalars(unhurt.folder)["lr"])[9]
-    assert f"loss is nan at epoch 1, step 2, op code {op_code}, learning rate {lr:.3g}: " in ended.one_line()
-    assert_goes_on(tmp_path / "run", unhurt, "epoch 1, step 2")
+def test_a_nan_loss_stops_the_run(reference: Reference, tmp_path: Path):
+    ended = run(tmp_path / "run", reference.arguments, Fault(LOSS, 8, "multiply", float("nan")))
+    op_code = int(dict(scalars(reference.folder)["op_code"])[7])
+    lr = dict(scalars(reference.folder)["lr"])[9]
+    assert f"loss is nan at epoch 1, step 2, op code {op_code}, learning rate {lr:.3g}: " in ended.error_line()
+    assert_resumes(tmp_path / "run", reference, "epoch 1, step 2")
 
 
-def test_steps_that_float16_skips_are_counted_over_a_resumption(unhurt: Unhurt, tmp_path: Path):
-    """A loss so large that its gradients overflow, in the third step and in the sixth."""
-    arguments = [*unhurt.arguments, "--amp", "float16"]
+def test_steps_skipped_in_float16_are_counted_across_resuming(reference: Reference, tmp_path: Path):
+    """The losses of the third and the sixth step are so large that gradients overflow."""
+    arguments = [*reference.arguments, "--amp", "float16"]
     overflows = [Fault(LOSS, call, "multiply", 1e34) for call in (3, 6)]
     assert run(tmp_path / "whole", arguments, *overflows).code == 0
     lines = (tmp_path / "whole" / "log.txt").read_text().splitlines()
@@ -262,27 +268,28 @@ def test_steps_that_float16_skips_are_counted_over_a_resumption(unhurt: Unhurt, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What cannot be written
+# Output that cannot be written
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 8 MB: room for the whole run, and soon filled."""
+    """A file system of 8 MB, which has room for the whole run and is filled quickly."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, check=False)
     if mounted.returncode:
-        pytest.skip("mounting a small disk is not permitted here")
+        pytest.skip("no permission to mount a file system")
     yield disk
     subprocess.run(["umount", disk], check=True)
 
 
-def assert_says_what_was_not_written(ended: Ended, folder: Path, name: str, epochs: list[int]) -> None:
-    """One line and exit code 2; the checkpoints before it are whole, and there is nothing that is half.
+def assert_names_the_file_not_written(ended: EndedRun, folder: Path, name: str, epochs: list[int]) -> None:
+    """One line of error and exit code 2; earlier checkpoints can be loaded, and no temporary file is left.
 
-    name: of what could not be written, or several with "|" between them.
+    name: The file that the error names, or several alternatives separated by "|".
+    epochs: Epochs whose checkpoints exist.
     """
-    line = ended.one_line()
+    line = ended.error_line()
     assert any(f"cannot write {one.format(folder)}: " in line for one in name.split("|")), line
     assert sorted(path.name for path in folder.glob("*.pth")) == [f"checkpoint_{epoch}.pth" for epoch in epochs]
     for path in folder.glob("*.pth"):
@@ -296,26 +303,26 @@ def assert_says_what_was_not_written(ended: Ended, folder: Path, name: str, epoc
         ("logs:RunLog.__init__", 1, "to the output folder", [], None),
         ("torch:save", 4, "{}/checkpoint_1.pth", [0], "epoch 1, step 0"),
         ("piad.mask_table:MaskTable.save", 4, "{}/mask_table.json", [0, 1], "epoch 1, step 2"),
-        # TensorBoard writes in a thread of its own, which may come upon it first.
+        # TensorBoard writes in its own thread, which may fail first.
         ("logs:RunLog.epoch", 2, "{}/checkpoint_1.pth|to the output folder", [0, 1], "epoch 1, step 4"),
         (LOSS, 9, "{}/checkpoint_1.pth", [0, 1], "epoch 1, step 2"),
     ],
     ids=["at the start", "saving", "between checkpoint and table", "logging", "in a step"],
 )
-def test_a_full_disk(at, call, name, epochs, place, small_disk: Path, unhurt: Unhurt):
+def test_a_full_disk(at, call, name, epochs, place, small_disk: Path, reference: Reference):
     folder = small_disk / "run"
     folder.mkdir()
-    ended = run(folder, unhurt.arguments, Fault(at, call, "fill the disk", str(folder)))
-    assert_says_what_was_not_written(ended, folder, name, epochs)
+    ended = run(folder, reference.arguments, Fault(at, call, "fill the disk", str(folder)))
+    assert_names_the_file_not_written(ended, folder, name, epochs)
     (folder / "ballast").unlink()
-    assert_goes_on(folder, unhurt, place)
+    assert_resumes(folder, reference, place)
 
 
-def test_a_quota(unhurt: Unhurt, tmp_path: Path):
+def test_a_quota(reference: Reference, tmp_path: Path):
     folder = tmp_path / "run"
-    ended = run(folder, unhurt.arguments, Fault("torch:save", 4, "limit file size", 200_000))
-    assert_says_what_was_not_written(ended, folder, "{}/checkpoint_1.pth", [0])
-    assert_goes_on(folder, unhurt, "epoch 1, step 0")
+    ended = run(folder, reference.arguments, Fault("torch:save", 4, "limit file size", 200_000))
+    assert_names_the_file_not_written(ended, folder, "{}/checkpoint_1.pth", [0])
+    assert_resumes(folder, reference, "epoch 1, step 0")
 
 
 @pytest.mark.parametrize(
@@ -327,30 +334,30 @@ def test_a_quota(unhurt: Unhurt, tmp_path: Path):
     ],
     ids=["at the start", "saving", "logging"],
 )
-def test_no_permission(at, call, name, epochs, place, unhurt: Unhurt, tmp_path: Path):
+def test_no_permission(at, call, name, epochs, place, reference: Reference, tmp_path: Path):
     folder = tmp_path / "run"
     folder.mkdir()
-    ended = run(folder, unhurt.arguments, Fault(at, call, "take permission", str(folder)))
+    ended = run(folder, reference.arguments, Fault(at, call, "take permission", str(folder)))
     folder.chmod(0o755)
-    assert_says_what_was_not_written(ended, folder, name, epochs)
-    assert_goes_on(folder, unhurt, place)
+    assert_names_the_file_not_written(ended, folder, name, epochs)
+    assert_resumes(folder, reference, place)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Long runs
 
 
-def test_a_data_loading_process_that_dies_ends_the_run(unhurt: Unhurt, tmp_path: Path):
+def test_a_data_loading_process_that_is_killed_ends_the_run(reference: Reference, tmp_path: Path):
     folder = tmp_path / "run"
     fault = Fault("timm.data:Mixup.__call__", 3, "kill workers")
-    ended = run(folder, [*unhurt.arguments, "--workers", "1"], fault)
-    assert "a data loading process died" in ended.one_line()
+    ended = run(folder, [*reference.arguments, "--workers", "1"], fault)
+    assert "a data loading process died" in ended.error_line()
     assert ended.seconds < 60
-    assert_goes_on(folder, unhurt, "epoch 0, step 2")
+    assert_resumes(folder, reference, "epoch 0, step 2")
 
 
 class SameBatch:
-    """A loader of epochs of 25 times the same batch: what grows then is not the data's doing."""
+    """A loader that gives the same batch 25 times per epoch, so that memory cannot grow because of the data."""
 
     steps = 25
 
@@ -359,7 +366,7 @@ class SameBatch:
 
 
 class Watched(Run):
-    """A run that notes, after each step, what it holds: bytes of memory, open files, and Python's objects."""
+    """A run that records bytes of memory, open files and Python objects after each step, in self.held."""
 
     def _after_step(self, step: int, scalars: dict[str, float]) -> None:
         super()._after_step(step, scalars)
@@ -376,7 +383,7 @@ class Watched(Run):
 
 
 def train_for_long(folder: Path, epochs: int, device: torch.device, results: Connection) -> None:
-    """PIAD on a tiny model with all that an epoch does; in a process of its own, whose memory is no other test's."""
+    """Trains a tiny model with PIAD, with evaluation, logs and checkpoints, and sends what it held at each step."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = make_elastic(random_backbone(dtype=torch.float32)).to(device)
@@ -388,23 +395,23 @@ def train_for_long(folder: Path, epochs: int, device: torch.device, results: Con
     evaluation = partial(evaluate, model, loader.batches(0, 24), device)
     run = Watched(training, loader, files, log, scheduler, Progress(), evaluation, piad, checkpoint_steps=10)
     run.held = np.zeros((epochs, loader.steps, 3))
-    gc.freeze()  # what was there before is not to be counted at each step
+    gc.freeze()  # so that gc.collect() and gc.get_objects() skip the objects that exist already
     run.fit(epochs)
     results.send(run.held)
 
 
-@pytest.mark.skipif(not PROC_STATUS.exists(), reason="Linux says what a process holds, in /proc")
+@pytest.mark.skipif(not PROC_STATUS.exists(), reason="needs /proc of Linux")
 @pytest.mark.parametrize(
     ("device", "largest_slope"),
     [
-        # The allocator still grows a little. One tensor kept a step is a page at least, and an object.
+        # The allocator still grows a little. A tensor leaked per step would be one page at least, and one object.
         ("cpu", 4096),
-        # There it is 512 bytes at least.
-        pytest.param("cuda", 512, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA")),
+        # On CUDA it would be 512 bytes at least.
+        pytest.param("cuda", 512, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")),
     ],
 )
-def test_five_hundred_steps_leave_nothing_behind(device: str, largest_slope: int, tmp_path: Path):
-    """After the first 100, in which the table grows and things are made once."""
+def test_memory_does_not_grow_over_500_steps(device: str, largest_slope: int, tmp_path: Path):
+    """The first 100 steps are ignored: the table grows in them, and other things are allocated once."""
     receive, send = FORK.Pipe(duplex=False)
     process = FORK.Process(target=train_for_long, args=(tmp_path, 20, torch.device(device), send))
     process.start()
@@ -413,7 +420,7 @@ def test_five_hundred_steps_leave_nothing_behind(device: str, largest_slope: int
     memory, files, objects = np.moveaxis(receive.recv()[4:], -1, 0)
     assert memory.size == 400
     slope, _ = np.polyfit(range(memory.size), memory.ravel(), 1)
-    assert slope < largest_slope, f"{slope:.0f} bytes a step"
+    assert slope < largest_slope, f"{slope:.0f} bytes per step"
     assert np.ptp(objects) < 20
-    # TensorBoard's thread opens its file anew each time it writes.
+    # TensorBoard's thread opens its file for each write.
     assert (files.min(axis=1) == files.min()).all() and files.max() <= files.min() + 1

@@ -1,4 +1,4 @@
-"""PIAD: importance, the order in which units leave, the list that grows, and the draw of a sub-network."""
+"""PIAD: importance, the order in which units leave, the growth of the mask table, and the draw of op codes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from torch.nn import functional as F
 
 from models.backbone import Module, create_backbone, full_widths, modules_of
 from models.extraction import extract
-from piad.dropout_list import UNITS, grow, leaving_order, pool_units, unit_sizes
+from models.macs import count_macs
+from piad.dropout_list import UNITS, Units, grow, leaving_order, pool_units, unit_sizes, units_of
 from piad.importance import dimension_importance, importance_of_dims, module_sensitivity
 from piad.mask_table import MaskTable
 from piad.sampling import draw_op_code
 from utils import UserError
 
-# Round numbers are drawn often: they make equal densities.
+# Round numbers are drawn often, because they make equal densities.
 DENSITIES = st.one_of(st.integers(0, 4).map(float), st.floats(0, 1e3, allow_subnormal=False))
 
 
@@ -53,88 +54,91 @@ def test_units_that_need_no_pooling_leave_one_by_one():
 
 @st.composite
 def networks(draw):
-    """(widths, importance of each dim, dims in a unit, MACs of a dim) of one to six modules, some cut or gone."""
-    widths, importance, sizes, macs = {}, {}, {}, {}
+    """(widths, importance of each dim, units) of one to six modules, some of them cut or bypassed."""
+    widths, importance, sizes, macs, fixed = {}, {}, {}, {}, {}
     for block, kind in itertools.product(range(draw(st.integers(1, 3))), ("attn", "mlp")):
         key = f"{block}.{kind}"
         sizes[key] = draw(st.integers(1, 3))
         widths[key] = sizes[key] * draw(st.integers(0, 6))
         macs[key] = draw(st.integers(1, 20))
+        fixed[key] = draw(st.sampled_from([0, 0, 30]))
         if widths[key]:
             importance[key] = np.array(draw(st.lists(DENSITIES, min_size=widths[key], max_size=widths[key])))
-    return widths, importance, sizes, macs
+    return widths, importance, Units(sizes, macs, fixed)
 
 
 @given(networks())
 def test_no_unit_leaves_before_those_behind_it(network):
-    widths, importance, sizes, macs = network
-    left = dict(widths)
-    steps = leaving_order(widths, importance, sizes, macs)
+    widths, importance, units = network
+    kept = dict(widths)
+    steps = leaving_order(widths, importance, units)
     for step in steps:
         assert step.dims > 0
-        assert step.dims % sizes[step.key] == 0
-        # What leaves is the tail of what is left, and the density is that of these very dims.
-        leaving = importance[step.key][left[step.key] - step.dims : left[step.key]]
-        assert step.density == pytest.approx(leaving.sum() / (step.dims * macs[step.key]), rel=1e-9, abs=1e-12)
-        left[step.key] -= step.dims
-    assert not any(left.values())
+        assert step.dims % units.sizes[step.key] == 0
+        # The dims that leave are the tail of those that are kept, and the density is that of exactly these dims.
+        leaving = importance[step.key][kept[step.key] - step.dims : kept[step.key]]
+        last = step.dims == kept[step.key]
+        macs = step.dims * units.macs_per_dim[step.key] + last * units.fixed_macs[step.key]
+        assert step.density == pytest.approx(leaving.sum() / macs, rel=1e-9, abs=1e-12)
+        kept[step.key] -= step.dims
+    assert not any(kept.values())
     assert [step.density for step in steps] == sorted(step.density for step in steps)
 
 
 def test_equal_densities_keep_the_order_of_the_modules():
     widths = {"0.attn": 2, "0.mlp": 2, "1.attn": 1}
     importance = {key: np.ones(width) for key, width in widths.items()}
-    steps = leaving_order(widths, importance, dict.fromkeys(widths, 1), dict.fromkeys(widths, 1))
+    steps = leaving_order(widths, importance, Units(dict.fromkeys(widths, 1), dict.fromkeys(widths, 1)))
     assert [step.key for step in steps] == ["0.attn", "0.attn", "0.mlp", "0.mlp", "1.attn"]
 
 
 def test_macs_weigh_the_importance():
-    """The dear module leaves first, though the cheap one matters less."""
+    """The expensive module leaves first, although the cheap one is less important."""
     widths = {"0.attn": 1, "0.mlp": 1}
     importance = {"0.attn": np.array([1.0]), "0.mlp": np.array([2.0])}
-    steps = leaving_order(widths, importance, {"0.attn": 1, "0.mlp": 1}, {"0.attn": 1, "0.mlp": 4})
+    steps = leaving_order(widths, importance, Units({"0.attn": 1, "0.mlp": 1}, {"0.attn": 1, "0.mlp": 4}))
     assert [(step.key, step.density) for step in steps] == [("0.mlp", 0.5), ("0.attn", 1.0)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The list grows
+# Growth of the mask table
 
 
 @given(networks(), st.integers(1, 4), st.floats(0.05, 1.2), st.randoms(use_true_random=False))
 def test_the_table_grows_to_its_target_each_epoch(network, epochs, ratio, random):
-    widths, _, sizes, macs = network
-    total = sum(widths[key] * macs[key] for key in widths)
+    widths, _, units = network
+    total = sum(units.macs(key, width) for key, width in widths.items())
     table = MaskTable([widths], {"model": "tiny"})
     for epoch in range(epochs):
         target = ratio * (epoch + 1) / epochs * total
         smallest = table.widths(-1)
         importance = {key: np.array([random.random() for _ in range(w)]) for key, w in smallest.items() if w}
         before = [dict(row) for row in table.rows]
-        grown = grow(table, importance, sizes, macs, target)
-        assert table.rows == before  # the old table is not touched
-        assert grown.rows[: len(before)] == before  # and its rows stay what they were
+        grown = grow(table, importance, units, target)
+        assert table.rows == before  # the old table is not modified
+        assert grown.rows[: len(before)] == before  # and its rows are kept
         assert grown.meta == {"model": "tiny"}
 
-        gone = [sum((widths[key] - row[key]) * macs[key] for key in row) for row in grown.rows]
-        assert gone[-1] >= target or not any(grown.widths(-1).values())
+        removed = [total - sum(units.macs(key, width) for key, width in row.items()) for row in grown.rows]
+        assert removed[-1] >= target or not any(grown.widths(-1).values())
         new = len(grown) - len(before)
-        assert all(value < target for value in gone[len(before) - 1 : -1])  # and not a step further
-        steps = leaving_order(smallest, importance, sizes, macs)
+        assert all(macs < target for macs in removed[len(before) - 1 : -1])  # and not a step further
+        steps = leaving_order(smallest, importance, units)
         for row, following, step in zip(grown.rows[-new - 1 :], grown.rows[len(before) :], steps, strict=False):
             changed = {key: row[key] - following[key] for key in row if row[key] != following[key]}
             assert changed == {step.key: step.dims}
         table = grown
 
 
-def test_the_table_stops_where_nothing_is_left():
+def test_the_table_ends_with_an_empty_network():
     table = MaskTable([{"0.attn": 8, "0.mlp": 32}])
     importance = {"0.attn": np.arange(8.0, 0, -1), "0.mlp": np.arange(32.0, 0, -1)}
-    sizes, macs = {"0.attn": 1, "0.mlp": 1}, {"0.attn": 3, "0.mlp": 1}
-    empty = grow(table, importance, sizes, macs, 1e9)
+    units = Units({"0.attn": 1, "0.mlp": 1}, {"0.attn": 3, "0.mlp": 1})
+    empty = grow(table, importance, units, 1e9)
     assert empty.widths(-1) == {"0.attn": 0, "0.mlp": 0}
     assert len(empty) == 1 + 8 + 32
-    assert grow(empty, {}, sizes, macs, 1e9) == empty
-    assert grow(table, importance, sizes, macs, 0) == table
+    assert grow(empty, {}, units, 1e9) == empty
+    assert grow(table, importance, units, 0) == table
 
 
 def test_units_of_a_model(backbone):
@@ -145,6 +149,18 @@ def test_units_of_a_model(backbone):
         (f"{b}.mlp", 96) for b in range(12)
     }
     assert UNITS == {"attn": 8, "mlp": 32}
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_units_account_for_all_macs_of_the_modules(qk_norm):
+    """With norms of q and k, v alone is cut, and the layers of q and k leave with the last unit."""
+    model = random_backbone(qk_norm=qk_norm)
+    units, full = units_of(model), full_widths(model)
+    assert units.sizes == unit_sizes(modules_of(model))
+    assert any(units.fixed_macs.values()) == qk_norm
+    empty = count_macs(model, dict.fromkeys(full, 0))
+    for widths in (full, {key: units.sizes[key] for key in full}, full | {"0.attn": 0}):
+        assert sum(units.macs(key, width) for key, width in widths.items()) == count_macs(model, widths) - empty
 
 
 @pytest.mark.parametrize(("kind", "width", "size"), [("mlp", 4304, 269), ("mlp", 2730, 91), ("attn", 12, 2)])
@@ -172,7 +188,7 @@ def test_a_width_that_does_not_divide_into_units_is_named(kind, width, message):
 
 @torch.no_grad()
 def plain_sensitivity(model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> tuple[float, dict[str, float]]:
-    """(C, (C_m - C) / C of each module that runs), by extracting the network without it and running it whole."""
+    """(C, (C_m - C) / C of each module that is not bypassed), with the output of the module set to zero by a hook."""
     cost = F.cross_entropy(model(images), targets).item()
     rises = {}
     for key, width in full_widths(model).items():
@@ -209,10 +225,10 @@ def test_sensitivity_equals_extraction_without_the_module(backbone, data):
         rise = (F.cross_entropy(without(data[0]), data[1]).item() - found.cost) / found.cost
         assert gamma == pytest.approx(max(0.0, rise), rel=1e-9, abs=1e-12)
         clipped += rise < 0
-    assert 0 < clipped < len(full)  # both sides of the max are seen
+    assert 0 < clipped < len(full)  # both cases of the max occur
 
 
-def test_sensitivity_runs_no_more_branches_than_it_says(data):
+def test_sensitivity_reports_the_branches_that_it_runs(data):
     model = random_backbone("one_head")
     runs = 0
 
@@ -227,7 +243,7 @@ def test_sensitivity_runs_no_more_branches_than_it_says(data):
     assert runs == found.branches_run == 6 + 5 + 4 + 3 + 2 + 1
 
 
-def test_sensitivity_leaves_the_model_as_it_was_and_runs_in_eval_mode(data):
+def test_sensitivity_runs_in_eval_mode_and_restores_the_model(data):
     model = random_backbone(proj_drop_rate=0.5, drop_path_rate=0.5)
     expected = module_sensitivity(model, [data])
     assert module_sensitivity(model.train(), [data]) == expected
@@ -235,7 +251,7 @@ def test_sensitivity_leaves_the_model_as_it_was_and_runs_in_eval_mode(data):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-def test_importance_is_never_taken_in_half_precision(data):
+def test_importance_does_not_use_autocast(data):
     model, data = random_backbone(dtype=torch.float32), (data[0].float(), data[1])
     expected = module_sensitivity(model, [data]), dimension_importance(model, [data])
     assert expected[0].cost == pytest.approx(module_sensitivity(model.double(), [random_data(8)]).cost, rel=1e-5)
@@ -246,8 +262,7 @@ def test_importance_is_never_taken_in_half_precision(data):
     assert all(np.array_equal(alpha[key], expected[1][key]) for key in expected[1])
 
 
-def test_a_network_without_error_has_finite_sensitivity(backbone, data):
-    """A cross-entropy of exactly 0, and no module that raises it."""
+def test_sensitivity_is_finite_at_a_cross_entropy_of_0(backbone, data):
     with torch.no_grad():
         backbone.head.weight.zero_()
         backbone.head.bias.copy_(F.one_hot(torch.tensor(2), 7) * 1e4)
@@ -257,7 +272,7 @@ def test_a_network_without_error_has_finite_sensitivity(backbone, data):
 
 
 def plain_alpha(model: nn.Module, images: torch.Tensor, targets: torch.Tensor, cost: str) -> dict[str, np.ndarray]:
-    """Mean over tokens of |g * x| of each dim; of an attention the sum of q, k, v and the mean over heads."""
+    """Mean over tokens of |g * x| of each dim; for attention the sum over q, k, v and the mean over heads."""
     totals: dict[str, np.ndarray] = {}
     for image, target in zip(images, targets, strict=True):
         for key, (x, g) in activations(model, image, target, cost).items():
@@ -287,14 +302,13 @@ def test_dimension_importance_equals_the_plain_reference(variant, cost, cut):
             np.testing.assert_allclose(dims, expected[key], rtol=1e-9, atol=1e-13)
 
 
-def test_dims_that_cannot_be_told_apart_share_alike(backbone, data):
-    """No gradient reaches any of them."""
+def test_dims_without_any_gradient_get_equal_importance(backbone, data):
     nn.init.zeros_(backbone.head.weight)
     for key, dims in dimension_importance(backbone, [data]).items():
         np.testing.assert_array_equal(dims, np.full(full_widths(backbone)[key], 1 / full_widths(backbone)[key]))
 
 
-def test_importance_of_a_network_with_nothing_left(backbone, data):
+def test_importance_of_an_empty_network(backbone, data):
     empty = extract(backbone, dict.fromkeys(full_widths(backbone), 0))
     found = module_sensitivity(empty, [data])
     assert found.cost == pytest.approx(F.cross_entropy(empty(data[0]), data[1]).item())
@@ -328,7 +342,7 @@ def test_importance_of_two_processes_equals_that_of_one(two_ranks):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The draw
+# The draw of op codes
 
 
 def draws(count: int, op_codes: int = 5, **key: int) -> np.ndarray:
@@ -351,10 +365,10 @@ def test_ranks_draw_independently():
     assert 0 < (first == second).sum() < 2000
 
 
-def test_a_draw_is_keyed_by_where_it_is_made():
+def test_a_draw_depends_on_seed_epoch_step_and_rank_only():
     np.testing.assert_array_equal(draws(50), draws(50))
     for key in ({"seed": 1}, {"epoch": 1}, {"rank": 1}):
         assert (draws(50) != draws(50, **key)).sum() > 20
     assert type(draw_op_code(3, seed=0, epoch=0, step=0, rank=0)) is int
-    # Changing places of two numbers is another key.
+    # Swapping two of the numbers changes the draw.
     assert (draws(50, epoch=1) != draws(50, rank=1)).sum() > 20

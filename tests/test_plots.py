@@ -1,14 +1,19 @@
-"""What the pictures show, read back from what is drawn."""
+"""The contents of the pictures, read back from the figures."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from programs import ROOT
 
 from report.plots import draw_spectra, draw_widths, plot_frontier, plot_spectra, plot_widths
+from studies import alternatives, contraction, regimes, truncation
+from studies.plots import plot_regimes
 
 FULL = {"0.attn": 8, "0.mlp": 32, "1.attn": 8, "1.mlp": 32}
 SIZES = [FULL, {"0.attn": 8, "0.mlp": 16, "1.attn": 4, "1.mlp": 8}, {"0.attn": 2, "0.mlp": 1, "1.attn": 0, "1.mlp": 0}]
@@ -20,7 +25,7 @@ ROWS = [
 ]
 
 
-def test_widths_are_blocks_down_and_sizes_across():
+def test_draw_widths_has_a_row_per_block_and_a_column_per_size():
     attention, mlp, _ = draw_widths(SIZES, FULL, ["a", "b", "c"], "size").axes
     for axes, expected in ((attention, [[100, 100, 25], [100, 50, 0]]), (mlp, [[100, 50, 3.125], [100, 25, 0]])):
         (image,) = axes.get_images()
@@ -30,19 +35,19 @@ def test_widths_are_blocks_down_and_sizes_across():
         assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
 
 
-def test_of_many_sizes_some_are_named():
+def test_draw_widths_labels_some_of_many_sizes():
     axes = draw_widths([FULL] * 300, FULL, list(map(str, range(300))), "op code").axes[0]
     names = [label.get_text() for label in axes.get_xticklabels()]
     assert names == [str(place) for place in axes.get_xticks()] and names[0] == "0" and 6 <= len(names) <= 12
 
 
-def test_widths_go_from_large_to_small(tmp_path: Path):
+def test_plot_widths_sorts_the_sizes(tmp_path: Path):
     plot_widths(ROWS[::-1], FULL, tmp_path / "one.png")
     plot_widths(ROWS, FULL, tmp_path / "other.png")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
 
 
-def test_spectra_add_up():
+def test_draw_spectra_shows_cumulative_shares():
     spectra = {"0.attn": [[0.5, 0.25, 0.25, 0], [1, 0, 0, 0]], "0.mlp": [[0.4, 0.3, 0.2, 0.1]],
                "1.attn": [[0.25] * 4] * 2, "1.mlp": [[0.25] * 4]}  # fmt: skip
     qk, v, mlp = draw_spectra(spectra, "variance").axes
@@ -54,7 +59,7 @@ def test_spectra_add_up():
 
 
 @pytest.mark.parametrize("blocks", [1, 24])
-def test_pictures_are_written_whole(blocks: int, tmp_path: Path):
+def test_pictures_are_complete(blocks: int, tmp_path: Path):
     spectra = {f"{i}.{kind}": [[0.5, 0.5]] * rows for i in range(blocks) for kind, rows in (("attn", 2), ("mlp", 1))}
     plot_spectra(spectra, tmp_path / "spectra.png", "variance")
     plot_frontier(ROWS, tmp_path / "frontier.png", "title", "64 at a time, cpu")
@@ -63,3 +68,18 @@ def test_pictures_are_written_whole(blocks: int, tmp_path: Path):
         with Image.open(path) as picture:
             picture.load()
             assert picture.size[0] >= 1500
+
+
+def test_studies_draw_their_results(tmp_path: Path):
+    def results(name: str) -> dict:
+        return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+
+    contraction.draw_methods(results("contraction_vit_digits"), tmp_path / "contraction.png", "title")
+    args = SimpleNamespace(name="name", output_dir=tmp_path)
+    truncation.pictures(results("truncation_vit_small_cifar10"), "truncation", args)
+    alternatives.draw(results("alternatives_vit_cifar10")["rows"], tmp_path / "alternatives.png", "title")
+    means = {("piad", "contracted"): dict.fromkeys(regimes.SHARES, 50.0)}
+    plot_regimes(means, regimes.PAPER, tmp_path / "regimes.png", "title")
+    expected = {f"truncation_{part}.png" for part in truncation.PARTS}
+    expected |= {"contraction.png", "alternatives.png", "regimes.png"}
+    assert {path.name for path in tmp_path.iterdir()} == expected

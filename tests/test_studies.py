@@ -1,4 +1,4 @@
-"""What the studies in benchmarks/ do themselves: results that are resumed, cuts by zeros, sizes of the alternatives."""
+"""The parts of the studies: results files, cutting by zeros, token weights, variants of PIAD, alternatives, tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import PLAIN, SHAPE, random_backbone, random_data, relative
+from tiny import PLAIN, SHAPE, batches, random_backbone, random_data, relative
 
 from models.backbone import full_widths, modules_of
 from models.elastic import make_elastic
@@ -17,13 +17,17 @@ from models.extraction import extract
 from models.macs import count_macs
 from piad import importance
 from piad.dropout_list import unit_sizes
+from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
 from studies import alternatives, regimes
-from studies.common import Results, call, silence
+from studies.common import Results, run_entry_point, zero_dims
+from studies.criteria import ClassTokenOnly, EqualTokens
 from studies.regimes import CHOICES
+from supernet import Network
+from wpac.statistics import TokenCollector, TokenMoments, collect_statistics
 
 
-def test_results_are_kept_row_by_row_and_found_again(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_results_are_saved_after_each_row_and_read_again(tmp_path: Path, capsys: pytest.CaptureFixture):
     path = tmp_path / "study.json"
     results = Results(path, machine="here")
     results.add("rows", {"method": "a", "draw": 0, "top1": 1.0})
@@ -36,34 +40,54 @@ def test_results_are_kept_row_by_row_and_found_again(tmp_path: Path, capsys: pyt
     assert "a  0  1.0" in capsys.readouterr().out
 
 
-def test_a_log_names_no_folder_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_log_contains_no_folder_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["/home/me/study.py", "--data-path", "/data/mine/cifar10"])
     Results(tmp_path / "study.json").log()
     assert json.loads((tmp_path / "study.log").read_text())["run"] == "study.py --data-path cifar10"
 
 
-def test_calling_an_entry_point_gives_it_its_words():
+def test_run_entry_point_sets_the_arguments():
     seen = []
-    call(lambda: seen.extend(sys.argv[1:]), "--epochs", 3)
+    run_entry_point(lambda: seen.extend(sys.argv[1:]), "--epochs", 3)
     assert seen == ["--epochs", "3"]
 
 
 @pytest.mark.parametrize("variant", ["plain", "no_qkv_bias"])
-def test_silenced_dims_give_what_a_cut_network_gives(variant: str):
+def test_zero_dims_gives_the_outputs_of_a_cut_network(variant: str):
     model, (images, _) = random_backbone(variant), random_data(2)
     widths = {key: width // 2 if key.endswith("attn") else width for key, width in full_widths(model).items()}
-    assert relative(silence(random_backbone(variant), qk=0.5, v=0.5)(images), extract(model, widths)(images)) < 1e-10
-    assert relative(silence(random_backbone(variant))(images), model(images)) == 0
+    assert relative(zero_dims(random_backbone(variant), qk=0.5, v=0.5)(images), extract(model, widths)(images)) < 1e-10
+    assert relative(zero_dims(random_backbone(variant))(images), model(images)) == 0
+
+
+def test_token_weights_of_the_truncation_study():
+    model, (images, targets) = random_backbone(), random_data(4)
+
+    def statistics_of(collector: type) -> TokenMoments:
+        return collect_statistics(model, batches(images, targets, 3), token_collector=collector).tokens["0.attn"]
+
+    weighted, equal, first = map(statistics_of, (TokenCollector, EqualTokens, ClassTokenOnly))
+    assert equal.weight.unique().tolist() == [4 * 17]
+    assert relative(equal.first, 4 * 17 * equal.mean) < 1e-12
+    assert (first.weight > 0).all() and (first.weight < weighted.weight).all()
+    alone = [
+        collect_statistics(model, [(x[None], y[None])], token_collector=ClassTokenOnly)
+        for x, y in zip(images, targets, strict=True)
+    ]
+    for statistics in alone:
+        covariance = statistics.tokens["0.attn"].second
+        assert torch.linalg.matrix_rank(covariance).unique().tolist() == [1]  # one token per image
 
 
 def grown(model: torch.nn.Module) -> ProgressiveDropout:
+    """PIAD after the only epoch in which its dropout list grows."""
     piad = ProgressiveDropout(make_elastic(model), [random_data(16)], ratio=0.5, epochs=1, seed=0, table=None)
     piad.begin_epoch(0)
     return piad
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_choices_inside_piad_last_as_long_as_they_are_asked_for(choice: str):
+def test_choices_change_piad_only_inside_their_context(choice: str):
     before, data = grown(random_backbone(patch_size=16)).table, random_data(16)
     with CHOICES[choice]() as flags:
         table = grown(random_backbone(patch_size=16)).table
@@ -87,17 +111,17 @@ def test_choices_inside_piad_last_as_long_as_they_are_asked_for(choice: str):
     assert grown(random_backbone(patch_size=16)).table.rows == before.rows
 
 
-def test_a_narrower_model_is_the_widest_within_the_macs():
+def test_narrower_gives_the_widest_model_within_the_macs():
     base = random_backbone()
-    args = type("Args", (), {"model": PLAIN, "model_kwargs": SHAPE})
-    model = alternatives.narrower(base, args, 0.5)
+    network = Network(base, MaskTable([full_widths(base)]), PLAIN, SHAPE, {})
+    model = alternatives.narrower(network, 0.5)
     assert count_macs(model) <= 0.5 * count_macs(base)
     wider = alternatives.create_backbone(PLAIN, **SHAPE | {"embed_dim": model.embed_dim + 3})
     assert count_macs(wider) > 0.5 * count_macs(base)
     assert (len(model.blocks), model.blocks[0].attn.num_heads) == (2, 3)
 
 
-def test_torch_pruning_gives_a_plain_model_within_the_macs():
+def test_prune_gives_a_plain_model_within_the_macs():
     pytest.importorskip("torch_pruning")
     base, data = random_backbone(dtype=torch.float32), random_data(8, dtype=torch.float32)
     model = alternatives.prune(base, [data], 0.5 * count_macs(base))
@@ -106,7 +130,7 @@ def test_torch_pruning_gives_a_plain_model_within_the_macs():
     assert sum(p.numel() for p in model.parameters()) < 0.6 * sum(p.numel() for p in base.parameters())
 
 
-def test_tables_of_studies_have_a_cell_for_each_size():
+def test_tables_have_a_cell_for_each_size():
     rows = [{"regime": "piad", "weights": "contracted", "choice": "", "seed": seed, "epochs": 2,
              "top1": dict.fromkeys(regimes.SHARES, 50.0 + seed)} for seed in (0, 1)]  # fmt: skip
     text = regimes.markdown({"rows": rows})

@@ -1,4 +1,4 @@
-"""WPAC: statistics against a plain reference, and a transform that changes the weights but not the function."""
+"""WPAC: statistics against a reference implementation; the transform changes the weights but not the function."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiny import COSTS, VARIANTS, activations, batches, random_backbone, random_
 from torch import Tensor, nn
 
 from models.backbone import modules_of
-from models.taylor import tap
+from models.taylor import feed_collectors
 from studies.criteria import CRITERIA, importance_by, sort_dims
 from utils import UserError
 from wpac.bases import descending_eigenvectors, variance_bases
@@ -33,7 +33,7 @@ def reference_tokens(model: nn.Module, images: Tensor, targets: Tensor, cost: st
 
 
 def reference_covariance(pairs: list[tuple[Tensor, Tensor]]) -> np.ndarray:
-    """(3, H, d, d) of one attention: two passes, a loop over q, k, v, heads, images and tokens."""
+    """Covariances (3, H, d, d) of one attention module: loops over q, k and v, heads, images and tokens."""
     three, heads, tokens, d = pairs[0][0].shape
     covariance = np.zeros((three, heads, d, d))
     for part in range(three):
@@ -48,11 +48,11 @@ def reference_covariance(pairs: list[tuple[Tensor, Tensor]]) -> np.ndarray:
 
 
 def reference_importance(pairs: list[tuple[Tensor, Tensor]]) -> np.ndarray:
-    """(M,) of one MLP: mean over all tokens of |g * h|."""
+    """Taylor importance (M,) of one MLP: mean over all tokens of |g * h|."""
     return np.mean([np.abs((g[t] * h[t]).numpy()) for h, g in pairs for t in range(len(h))], axis=0)
 
 
-def same(found: Statistics, expected: Statistics) -> float:
+def difference(found: Statistics, expected: Statistics) -> float:
     """The largest relative difference over all modules."""
     pairs = [(found.covariance, expected.covariance), (found.importance, expected.importance)]
     return max(relative(ours[key], theirs[key]) for ours, theirs in pairs for key in theirs)
@@ -89,14 +89,14 @@ def test_statistics_equal_the_reference_for_every_kind_of_model(variant, fused):
 
 def test_costs_give_different_statistics(backbone, data):
     found = [collect_statistics(backbone, [data], cost) for cost in COSTS]
-    assert same(found[0], found[1]) > 1e-3
-    assert same(found[0], found[2]) > 1e-3
+    assert difference(found[0], found[1]) > 1e-3
+    assert difference(found[0], found[2]) > 1e-3
 
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_statistics_do_not_depend_on_the_batch_size(any_backbone, data, size):
     whole = collect_statistics(any_backbone, [data], "ce")
-    assert same(collect_statistics(any_backbone, batches(*data, size), "ce"), whole) < 1e-10
+    assert difference(collect_statistics(any_backbone, batches(*data, size), "ce"), whole) < 1e-10
 
 
 def test_statistics_of_two_processes_equal_those_of_one(two_ranks):
@@ -128,22 +128,22 @@ def test_statistics_are_float64_and_leave_the_model_as_it_was(data):
 def test_statistics_run_in_eval_mode(data):
     model = random_backbone(proj_drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5)
     expected = collect_statistics(model, [data])
-    assert same(collect_statistics(model.train(), [data]), expected) == 0
+    assert difference(collect_statistics(model.train(), [data]), expected) == 0
 
 
 def test_statistics_of_a_frozen_model(backbone, data):
     expected = collect_statistics(backbone, [data])
-    assert same(collect_statistics(backbone.requires_grad_(False), [data]), expected) == 0
+    assert difference(collect_statistics(backbone.requires_grad_(False), [data]), expected) == 0
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
 
 
 def test_statistics_are_never_taken_in_half_precision(data):
     model, images = random_backbone(dtype=torch.float32), data[0].float()
     expected = collect_statistics(model, [(images, data[1])])
-    assert same(expected, collect_statistics(random_backbone(), [data])) < 1e-4
+    assert difference(expected, collect_statistics(random_backbone(), [data])) < 1e-4
     with torch.autocast("cpu", torch.bfloat16):
         assert model(images).dtype == torch.bfloat16
-        assert same(collect_statistics(model, [(images, data[1])]), expected) == 0
+        assert difference(collect_statistics(model, [(images, data[1])]), expected) == 0
 
 
 def test_an_error_in_a_batch_leaves_no_hook_and_no_frozen_parameter(backbone, data):
@@ -157,7 +157,7 @@ def test_an_error_in_a_batch_leaves_no_hook_and_no_frozen_parameter(backbone, da
     assert not any(module._forward_hooks for module in backbone.modules())
 
 
-def test_tap_reads_nothing_once_it_is_left(backbone, data):
+def test_feed_collectors_removes_its_hooks(backbone, data):
     class Counter:
         calls = 0
 
@@ -165,7 +165,7 @@ def test_tap_reads_nothing_once_it_is_left(backbone, data):
             assert x.shape == g.shape
             Counter.calls += 1
 
-    with tap(backbone, {key: Counter() for key in modules_of(backbone)}):
+    with feed_collectors(backbone, {key: Counter() for key in modules_of(backbone)}):
         backbone(data[0]).sum().backward()
     assert Counter.calls == 4
     backbone(data[0]).sum().backward()
@@ -201,8 +201,8 @@ def test_contraction_of_a_float32_model_is_done_in_float64(data):
         assert torch.equal(value, double.state_dict()[key].float()), key
 
 
-def test_q_k_and_v_turn_to_the_eigenvectors_of_their_covariances(any_backbone, data):
-    """After it C_v and C_q + C_k, of the same tokens with the same weights, are diagonal and descending."""
+def test_contraction_makes_the_covariances_diagonal(any_backbone, data):
+    """C_v and C_q + C_k of the rotated tokens, with the same theta, are diagonal and descending."""
     images, targets = (part[:3] for part in data)
     before = reference_tokens(any_backbone, images, targets, "ce")
     spectra = contract(any_backbone, collect_statistics(any_backbone, [(images, targets)], "ce"))
@@ -222,7 +222,7 @@ def test_q_k_and_v_turn_to_the_eigenvectors_of_their_covariances(any_backbone, d
         assert relative(spectra[key], torch.stack(shares)) < 1e-9
 
 
-def test_hidden_units_lie_in_descending_importance(any_backbone, data):
+def test_hidden_units_are_in_descending_order_of_importance(any_backbone, data):
     statistics = collect_statistics(any_backbone, [data])
     spectra = contract(any_backbone, statistics)
     after = collect_statistics(any_backbone, [data])
@@ -244,7 +244,7 @@ def test_equally_important_hidden_units_keep_their_order():
     assert torch.allclose(spectra["0.mlp"], torch.tensor([2, 2, 1, 1, 1, 0], dtype=torch.float64) / 7)
 
 
-def test_a_permutation_reaches_every_weight_of_an_mlp():
+def test_permute_mlp_permutes_every_weight():
     mlp = Mlp(4, 6).double()
     weights = copy.deepcopy(mlp.state_dict())
     order = [1, 3, 0, 2, 5, 4]
@@ -257,7 +257,7 @@ def test_a_permutation_reaches_every_weight_of_an_mlp():
 
 @settings(max_examples=40)
 @given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 2**31 - 1))
-def test_eigenvectors_are_orthogonal_descending_and_of_one_sign(d, rank, seed):
+def test_eigenvectors_are_orthogonal_with_descending_values_and_a_fixed_sign(d, rank, seed):
     factor = torch.randn(2, d, min(rank, d), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     covariance = factor @ factor.mT
     values, vectors = descending_eigenvectors(covariance)
@@ -273,8 +273,8 @@ def test_eigenvectors_are_orthogonal_descending_and_of_one_sign(d, rank, seed):
 # Degenerate input
 
 
-def kill_a_head(model: nn.Module) -> None:
-    """Head 1 of block 0 gives zeros, and so does hidden unit 0."""
+def zero_a_head(model: nn.Module) -> None:
+    """Makes the outputs of head 1 and of hidden unit 0 of block 0 zero."""
     block = model.blocks[0]
     H, d = block.attn.num_heads, block.attn.head_dim
     with torch.no_grad():
@@ -284,12 +284,12 @@ def kill_a_head(model: nn.Module) -> None:
         block.mlp.fc1.bias[0] = 0
 
 
-def dead_gradient(model: nn.Module) -> None:
-    """The logits do not depend on the image: every weight theta is 0."""
+def zero_gradient(model: nn.Module) -> None:
+    """Makes the logits independent of the image, so that every theta is 0."""
     nn.init.zeros_(model.head.weight)
 
 
-@pytest.mark.parametrize("spoil", [None, kill_a_head, dead_gradient])
+@pytest.mark.parametrize("spoil", [None, zero_a_head, zero_gradient])
 @pytest.mark.parametrize("kind", ["one image", "constant image", "zero image", "images"])
 def test_degenerate_input_is_still_contracted(backbone, data, spoil, kind):
     images, targets = data
@@ -312,8 +312,8 @@ def test_degenerate_input_is_still_contracted(backbone, data, spoil, kind):
     assert relative(backbone.forward_features(data[0]), before) < 1e-10
 
 
-def test_a_head_whose_dims_lie_in_order_is_left_alone(backbone, data):
-    """A covariance that is diagonal and descending asks for no rotation: the other heads turn without it."""
+def test_a_head_with_an_ordered_diagonal_covariance_is_not_rotated(backbone, data):
+    """The rotation of a head does not depend on the other heads."""
     attn = backbone.blocks[0].attn
     covariance = torch.diag_embed(torch.arange(16.0, 0.0, -1, dtype=torch.float64)).repeat(3, 3, 1, 1)
     covariance[:, 1] = collect_statistics(backbone, [data]).covariance["0.attn"][:, 1]
@@ -325,7 +325,7 @@ def test_a_head_whose_dims_lie_in_order_is_left_alone(backbone, data):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it is compared with
+# Sorting without rotation
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

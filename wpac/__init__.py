@@ -1,4 +1,4 @@
-"""Contraction: statistics, the transforms that keep the function, compensation, refitting, sizes without training."""
+"""WPAC: statistics, the function-preserving contraction, compensation, refitting, and allocation without training."""
 
 from .transform import contract
 

@@ -1,4 +1,7 @@
-"""How much of the loss hangs on each dim, read off the statistics without running anything: sizes without training."""
+"""How much each dim of a contracted model matters to the loss, computed from the statistics without running the model.
+
+A mask table can be made from this without training.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,14 @@ from .statistics import Statistics
 
 @torch.no_grad()
 def dim_errors(model: Backbone, statistics: Statistics, damping: float = DAMPING) -> dict[str, np.ndarray]:
-    """What each dim of a contracted model adds to the loss when it is cut and compensated: module key -> (width,).
+    """Estimates how much the loss rises with each dim that is cut from a contracted model and compensated.
 
-    To second order, in the metric G of the loss: with S = L L^T of a last layer's inputs and A = W L, cutting to the
-    first k loses sum_{j >= k} a_j^T G a_j. For an attention the dims of q and k lose scores, too: dim i changes the
-    cost by g_i q_i at a token, taken as independent. statistics: as contract() leaves them.
+    Returns module key -> (width,). The estimate is of second order, in the metric G of the loss. With S = L L^T the
+    covariance of the inputs of a module's last layer W, and A = W L with columns a_j, keeping the first k inputs loses
+    sum_{j >= k} a_j^T G a_j. In attention, q and k lose a part of the scores as well: dim i of q changes the cost by
+    g_i q_i at each token, and these changes are treated as independent.
+
+    statistics: with outputs, after contract(), which moves them into the new coordinates.
     """
     errors = {}
     for key, module in modules_of(model).items():
@@ -27,7 +33,7 @@ def dim_errors(model: Backbone, statistics: Statistics, damping: float = DAMPING
         lost = (effect * (outputs.metric @ effect)).sum(0).view(module.width, module.heads).sum(1)
         if module.parts == 3:
             tokens = statistics.tokens[key]
-            square = tokens.scores()[0].diagonal(dim1=1, dim2=2) / tokens.weight[0, :, None].clamp(min=1e-300)
+            square = tokens.score_moments()[0].diagonal(dim1=1, dim2=2) / tokens.weight[0, :, None].clamp(min=1e-300)
             lost = lost + (square * tokens.gradient.diagonal(dim1=1, dim2=2)).sum(0)  # (H, d) -> (d,)
         errors[key] = lost.cpu().numpy()
     return errors

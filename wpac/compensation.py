@@ -1,11 +1,15 @@
-"""Making up for what is cut: the last layer of a module guesses the inputs it lost from those it kept.
+"""Compensation: the last layer of a module predicts the inputs that were cut from those that were kept.
 
-A module ends in a linear layer, `proj` or `fc2`, whose inputs x are what is cut. With mean mu and covariance S of x on
-the proxy set, the best linear guess of the rest r from the first k is mu_r + S_rk S_kk^-1 (x_k - mu_k), and the layer
+Cutting a module removes inputs x of its last linear layer, `proj` or `fc2`. With mean mu and covariance S of x on the
+proxy set, the least-squares prediction of the removed inputs r from the first k is mu_r + S_rk S_kk^-1 (x_k - mu_k).
+The layer absorbs it, so the sub-network has no additional parameters:
 
     W_k = W_:k + W_r S_rk S_kk^-1        b_k = b + W mu - W_k mu_k
 
-takes it in: nothing is added to the model. With S = L L^T, S_rk S_kk^-1 = L_rk L_kk^-1: one factor serves every size.
+With the Cholesky factorisation S = L L^T, S_rk S_kk^-1 = L_rk L_kk^-1, so one factor serves every width.
+
+D embedding, n inputs of the last layer (H heads times d dims per head, or M hidden units), B images, N tokens. Inputs
+are "in cut order" when the last ones leave first: dim 0 of all heads, dim 1 of all heads, ..., or the hidden units.
 """
 
 from __future__ import annotations
@@ -19,22 +23,23 @@ from torch import Tensor, nn
 
 from files import atomic_file, load_checkpoint
 from models.backbone import Backbone, Module, blocks_of, last_layer, modules_of
-from utils import UserError, checksum, reduce_sum
+from utils import UserError, reduce_sum
 
 COMPENSATION = "compensation.safetensors"
-DAMPING = 1e-2  # share of the mean variance added to S; studies/contraction.py chooses it on held-out images
-EVEN = 0.5  # share of a token's weight that all tokens have alike; the rest follows the gradient at the token
-ROUNDING = 8  # times the machine epsilon: how far products may be off, as a share of the norm of what they add up to
-BLOCK = 128  # columns multiplied at once: S is symmetric, so about half of it is left out
+DAMPING = 1e-2  # share of the mean variance added to the diagonal of S; studies/contraction.py measures others
+UNIFORM_SHARE = 0.5  # share of a token's weight that is the same for all tokens; the rest depends on its gradient
+ROUNDING_FACTOR = 8  # times the machine epsilon: bound on the relative error, in norm, of a sum of products
+COLUMN_CHUNK = 128  # columns per product in OutputCollector: S is symmetric, so almost half of it need not be computed
 
 
 @dataclass
 class OutputMoments:
-    """What is known of a module's last layer.
+    """Moments at the last layer of a module.
 
-    mean (n,), covariance (n, n): of its inputs, in the order in which they are kept.  metric (D, D): G, the second
-    moment of the cost's gradient at its output.  positions (N,): how much the gradient's energy lies at each token, 1
-    on average.  rounding: how far the covariance may be off, in norm.
+    mean (n,), covariance (n, n): of its inputs, each token weighted (see OutputCollector).
+    metric (D, D): G, the second moment of the cost's gradient at its output.
+    positions (N,): mean squared norm of that gradient at each position of the sequence, divided by its mean over N.
+    rounding: bound on the rounding error of the covariance, in norm.
     """
 
     mean: Tensor
@@ -44,30 +49,31 @@ class OutputMoments:
     rounding: float = 0.0
 
     def damped(self, damping: float = DAMPING) -> Tensor:
-        """S with `damping` of the mean variance added to each input's; positive definite, whatever the inputs.
+        """The covariance with `damping` times the mean variance added to its diagonal: always positive definite.
 
-        What is added is never less than what rounding may have taken away.
+        At least the rounding error is added; an all-zero covariance becomes the identity.
         """
         mean = self.covariance.diagonal().mean()
         floor = (damping * mean).clamp(min=self.rounding) if mean > 0 else torch.ones_like(mean)
         return self.covariance + floor * torch.eye(len(self.mean), dtype=mean.dtype, device=mean.device)
 
-    def moved(self, transform: Tensor) -> OutputMoments:
-        """The moments of transform @ x."""
+    def transformed(self, transform: Tensor) -> OutputMoments:
+        """The moments of transform @ x; transform: (n, n)."""
         return replace(self, mean=transform @ self.mean, covariance=transform @ self.covariance @ transform.mT)
 
-    def ordered(self, order: Tensor) -> OutputMoments:
-        """The moments of x[order]."""
+    def reordered(self, order: Tensor) -> OutputMoments:
+        """The moments of x[order]; order: (n,)."""
         return replace(self, mean=self.mean[order], covariance=self.covariance[order][:, order])
 
 
 class OutputCollector:
-    """Streams the moments of a module's last layer; it reads (x (B, N, n), g (B, N, D)), see models.taylor.
+    """Accumulates the OutputMoments of a module over batches; see models.taylor.feed_collectors for how it is called.
 
-    A batch's products are taken in the model's own type and added up in float64: float32 halves the time, and what it
-    rounds off is far below any damping (see OutputMoments.damped).
-    Within an image a token's weight is EVEN, and the rest by its share of the gradient's energy |g|^2: a guess has to
-    be good where the loss looks. An image's tokens weigh 1 on average, so nothing depends on batches or ranks.
+    The weight of a token is UNIFORM_SHARE, plus the rest times |g|^2 relative to its mean over the image: the
+    prediction should be best where the loss is most sensitive. The weights of an image's tokens average to 1, so the
+    result does not depend on the batch size or the number of processes.
+    Products are taken in the dtype of the model, which halves the time in float32, and summed in float64; the rounding
+    error is far smaller than any sensible damping (see OutputMoments.damped).
     """
 
     def __init__(self, module: Module, device: torch.device):
@@ -78,33 +84,33 @@ class OutputCollector:
 
         self.second, self.first, self.tokens = zeros(n, n), zeros(n), zeros()
         self.metric = zeros(module.dim, module.dim)
-        self.epsilon = 0.0  # of the type in which products are taken
-        self.positions: Tensor | None = None  # as long as a sequence is, which the first batch says
+        self.epsilon = 0.0  # machine epsilon of the dtype of the products
+        self.positions: Tensor | None = None  # (N,); N is known from the first batch on
 
     @torch.no_grad()
     def update(self, x: Tensor, g: Tensor) -> None:
-        """x: (B, N, n), g: (B, N, D)."""
+        """Adds a batch: x (B, N, n), the inputs of the layer, and g (B, N, D), the cost's gradient at its output."""
         self.epsilon = torch.finfo(x.dtype).eps
         energy = g.double().square().sum(-1)  # (B, N)
         share = energy / energy.mean(1, keepdim=True)
-        weight = EVEN + (1 - EVEN) * torch.where(share.isfinite(), share, 1.0)
+        weight = UNIFORM_SHARE + (1 - UNIFORM_SHARE) * torch.where(share.isfinite(), share, 1.0)
         self.positions = energy.sum(0) + (0 if self.positions is None else self.positions)
         self.tokens += energy.numel()
         rows, weighted = x.flatten(0, 1), (x * weight[..., None].to(x.dtype)).flatten(0, 1)  # (B N, n)
-        for start in range(0, len(self.first), BLOCK):
-            columns = slice(start, start + BLOCK)
+        for start in range(0, len(self.first), COLUMN_CHUNK):
+            columns = slice(start, start + COLUMN_CHUNK)
             self.second[columns, start:] += weighted[:, columns].mT @ rows[:, start:]
         self.first += weighted.sum(0, dtype=torch.float64)
         g = g.flatten(0, 1)
         self.metric += g.mT @ g
 
     def finalize(self) -> OutputMoments:
-        """The moments of all ranks' tokens together."""
+        """The moments over the tokens of all ranks."""
         reduce_sum(self.second, self.first, self.tokens, self.metric, self.positions)
         mean = self.first / self.tokens
         upper = self.second.triu() / self.tokens
         second = upper + upper.triu(1).mT
-        rounding = ROUNDING * self.epsilon * second.norm().item()
+        rounding = ROUNDING_FACTOR * self.epsilon * second.norm().item()
         total = self.positions.mean()
         positions = self.positions / total if total > 0 else torch.ones_like(self.positions)
         covariance = second - torch.outer(mean, mean)
@@ -112,9 +118,10 @@ class OutputCollector:
 
 
 class Compensation(nn.Module):
-    """Mean (n,) and Cholesky factor L (n, n) of the inputs of a last layer, in the order in which they are kept.
+    """Cuts the last layer of a module to its first k inputs so that it predicts the inputs it no longer has.
 
-    positions (N,): see OutputMoments. Its tensors move with the model and are not in its state dict.
+    mean (n,), lower (n, n): mean and Cholesky factor L of the inputs, in cut order.  positions (N,): see OutputMoments.
+    These are non-persistent buffers: they move with the model and are not in its state dict.
     """
 
     def __init__(self, mean: Tensor, lower: Tensor, positions: Tensor):
@@ -123,43 +130,44 @@ class Compensation(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Weight (D, n), its columns in the order in which they are kept, and bias (D,) -> (D, k) and (D,).
+        """Weight (D, n), with its inputs in cut order, and bias (D,) to weight (D, k) and bias (D,).
 
-        In float64 inside, in the weight's own type outside; the whole layer comes back as it is.
+        Computed in float64 and returned in the dtypes of weight and bias. k = n returns the layer unchanged.
         """
         if k == weight.shape[1]:
             return weight, bias
         W, mean, lower = weight.double(), self.mean.double(), self.lower.double()
-        guess = torch.linalg.solve_triangular(lower[:k, :k], W[:, k:] @ lower[k:, :k], upper=False, left=False)
-        kept = W[:, :k] + guess
+        update = torch.linalg.solve_triangular(lower[:k, :k], W[:, k:] @ lower[k:, :k], upper=False, left=False)
+        kept = W[:, :k] + update
         return kept.to(weight.dtype), (bias.double() + W @ mean - kept @ mean[:k]).to(bias.dtype)
 
 
 def compensate(model: Backbone, moments: dict[str, OutputMoments], damping: float = DAMPING) -> list[str]:
-    """Gives each module of the model its Compensation, from moments in the order in which its dims are kept.
+    """Attaches a Compensation to each module of the model, in place; later cuts of the module use it.
 
-    From then on its slices, in training and in extraction, are compensated ones. A module for which that would be
-    worse on the proxy set than to cut alone goes without; their keys are returned.
+    moments: module key -> OutputMoments, in cut order, as contract() leaves them.
+    A module keeps none if compensation would be worse than a plain cut on the proxy set; the keys of those modules are
+    returned. Raises UserError for a last layer without a bias.
     """
     refused = []
     for key, module in modules_of(model).items():
         moment = moments[key]
         lower = torch.linalg.cholesky(moment.damped(damping).cpu())
-        found = Compensation(moment.mean.cpu(), lower, moment.positions.cpu())
+        compensation = Compensation(moment.mean.cpu(), lower, moment.positions.cpu())
         weight, bias = ordered_layer(model, module)
         n = weight.shape[1]
-        errors = [_errors(weight, bias, moment, found, k) for k in (n // 4, n // 2)]
-        if not all(compensated <= cut for compensated, cut in errors):  # nor where either is no number
+        errors = [_cut_errors(weight, bias, moment, compensation, k) for k in (n // 4, n // 2)]
+        if not all(compensated <= cut for compensated, cut in errors):  # "not all", so that NaN is refused as well
             refused.append(key)
-            found = None
-        _attach(model, module, found)
+            compensation = None
+        _attach(model, module, compensation)
     return refused
 
 
 def ordered_layer(model: Backbone, module: Module) -> tuple[Tensor, Tensor]:
-    """Weight (D, n) and bias (D,) of a module's last layer, in float64, inputs in the order in which they are kept.
+    """Weight (D, n), with its inputs in cut order, and bias (D,) of a module's last layer, in float64.
 
-    Of an attention that is dim 0 of all heads, dim 1 of all heads, ...
+    In attention, that is dim 0 of all heads, dim 1 of all heads, ... Raises UserError for a layer without a bias.
     """
     layer = last_layer(blocks_of(model)[module.block], module.kind)
     if layer.bias is None:
@@ -168,10 +176,12 @@ def ordered_layer(model: Backbone, module: Module) -> tuple[Tensor, Tensor]:
     return weight.transpose(1, 2).flatten(1), layer.bias.detach().double()
 
 
-def _errors(weight: Tensor, bias: Tensor, moment: OutputMoments, found: Compensation, k: int) -> tuple[float, float]:
-    """The error of a layer cut to k inputs, compensated and not, in the metric of the loss, on the proxy set."""
+def _cut_errors(
+    weight: Tensor, bias: Tensor, moment: OutputMoments, compensation: Compensation, k: int
+) -> tuple[float, float]:
+    """Squared error, in the metric of the loss, of a layer cut to k inputs: with compensation and without."""
     errors = []
-    for cut_weight, cut_bias in (found.to(weight.device)(weight, bias, k), (weight[:, :k], bias)):
+    for cut_weight, cut_bias in (compensation.to(weight.device)(weight, bias, k), (weight[:, :k], bias)):
         lost = weight.clone()
         lost[:, :k] -= cut_weight
         constant = lost @ moment.mean + bias - cut_bias
@@ -180,39 +190,49 @@ def _errors(weight: Tensor, bias: Tensor, moment: OutputMoments, found: Compensa
     return errors[0], errors[1]
 
 
-def _attach(model: Backbone, module: Module, found: Compensation | None) -> None:
-    branch = getattr(blocks_of(model)[module.block], module.kind)
-    branch.compensation = found
+def _branch_of(model: Backbone, module: Module) -> nn.Module:
+    return getattr(blocks_of(model)[module.block], module.kind)
+
+
+def _attach(model: Backbone, module: Module, compensation: Compensation | None) -> None:
+    _branch_of(model, module).compensation = compensation
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# compensation.safetensors: factors in float16, triangles packed, beside the weights that it is for
+# compensation.safetensors: per module, mean, positions and the lower triangle of L, row by row; a checksum of the model
 
 
-def save_compensation(path: Path, model: Backbone) -> int:
-    """Writes what compensate() gave the model; whole or absent. Returns the size in bytes."""
-    tensors = {"weights": torch.tensor(checksum(p.cpu() for p in model.parameters()))}
+def save_compensation(path: Path, model: Backbone, stamp: str) -> int:
+    """Writes the Compensation of each module that has one, atomically; returns the size of the file in bytes.
+
+    stamp: hexadecimal, of the weights that the file belongs to.
+    """
+    tensors = {"stamp": torch.tensor(int(stamp, 16))}
     for key, module in modules_of(model).items():
-        found = getattr(blocks_of(model)[module.block], module.kind).compensation
-        if found is not None:
-            n = len(found.mean)
-            tensors |= {f"{key}.mean": found.mean.float(), f"{key}.positions": found.positions.float()}
-            tensors[f"{key}.lower"] = found.lower.to(_stored_type(found.lower))[tuple(torch.tril_indices(n, n))]
+        compensation = _branch_of(model, module).compensation
+        if compensation is not None:
+            mean, lower, n = compensation.mean, compensation.lower, len(compensation.mean)
+            tensors |= {f"{key}.mean": mean.float(), f"{key}.positions": compensation.positions.float()}
+            tensors[f"{key}.lower"] = lower.to(_stored_dtype(lower))[tuple(torch.tril_indices(n, n))]
     with atomic_file(path) as temporary:
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary)
     return path.stat().st_size
 
 
-def _stored_type(lower: Tensor) -> torch.dtype:
-    """float16, which is harmless (docs/RESULTS.md), but float32 where the factor does not lie well in its range."""
+def _stored_dtype(lower: Tensor) -> torch.dtype:
+    """float16 (measured in docs/RESULTS.md: no loss of accuracy) unless the factor's values exceed its range."""
     fits = lower.diagonal().min() > 1e-3 and lower.abs().max() < 6e4
     return torch.float16 if fits else torch.float32
 
 
-def load_compensation(path: Path, model: Backbone) -> None:
-    """Reads the file into the model, in place. Raises UserError for one of other weights or of another model."""
+def load_compensation(path: Path, model: Backbone, stamp: str) -> None:
+    """Reads a file of save_compensation() and attaches what it holds to the model, in place.
+
+    stamp: of the weights of the model. Raises UserError if the file is damaged, or was made for another model or for
+    other weights.
+    """
     tensors = load_checkpoint(path)
-    stamp = tensors.pop("weights", None)
+    found_stamp = tensors.pop("stamp", None)
     modules = modules_of(model)
     for name, value in tensors.items():
         key, _, part = name.rpartition(".")
@@ -220,33 +240,18 @@ def load_compensation(path: Path, model: Backbone) -> None:
         positions = modules[key].keys if n and modules[key].kind == "attn" else modules[key].tokens if n else 0
         length = {"mean": n, "lower": n * (n + 1) // 2, "positions": positions}.get(part, -1)
         if n == 0 or value.shape != (length,) or value.dtype not in (torch.float16, torch.float32):
-            kind = f"shape {tuple(value.shape)} and type {value.dtype}"
-            raise UserError(f"{path} is not a compensation of this model: {name} has {kind}")
-    if stamp is None or stamp.numel() != 1 or stamp.item() != checksum(model.parameters()):
+            found = f"shape {tuple(value.shape)} and type {value.dtype}"
+            raise UserError(f"{path} is not a compensation of this model: {name} has {found}")
+    if found_stamp is None or found_stamp.numel() != 1 or found_stamp.item() != int(stamp, 16):
         raise UserError(f"{path} was made for other weights; make it again with reparam.py, or give --no-compensate")
     for key, module in modules.items():
-        found = [f"{key}.{part}" for part in ("mean", "lower", "positions")]
-        missing = [name for name in found if name not in tensors]
-        if len(missing) == len(found):
+        names = [f"{key}.{part}" for part in ("mean", "lower", "positions")]
+        missing = [name for name in names if name not in tensors]
+        if len(missing) == len(names):
             continue
         if missing:
-            raise UserError(f"{path} is not whole: {missing[0]} is missing")
+            raise UserError(f"{path} is incomplete: {missing[0]} is missing")
         mean = tensors[f"{key}.mean"]
         lower = mean.new_zeros(len(mean), len(mean))
         lower[tuple(torch.tril_indices(*lower.shape))] = tensors[f"{key}.lower"].float()
         _attach(model, module, Compensation(mean, lower, tensors[f"{key}.positions"]))
-
-
-def compensate_from(checkpoint: Path, model: Backbone, wanted: bool | None = None) -> str:
-    """Gives the model, of this checkpoint, the compensation that lies beside it; None: if there is one.
-
-    Returns the grade of what is cut from it: "cut" or "compensated". Raises UserError where one is wanted and is not
-    there, or is of other weights.
-    """
-    path = Path(checkpoint).parent / COMPENSATION
-    if wanted is False or (wanted is None and not path.exists()):
-        return "cut"
-    if not path.exists():
-        raise UserError(f"--compensate: {path} does not exist; reparam.py --method best writes it")
-    load_compensation(path, model)
-    return "compensated"

@@ -1,4 +1,4 @@
-"""Refitting a sub-network to the whole network, layer by layer, on images without labels."""
+"""Refitting: fits the linear layers of a sub-network to the whole network, one after another, on unlabelled images."""
 
 from __future__ import annotations
 
@@ -13,94 +13,103 @@ from models.backbone import Backbone, cuts_v_alone, first_layers
 from models.parts import attention_branch, embed, mlp_branch
 from utils import UserError, progress_bar, reduce_sum
 
-from .compensation import DAMPING, EVEN
+from .compensation import DAMPING, UNIFORM_SHARE
 
-RUN: dict[str, Callable[[Block, Tensor], Tensor]] = {"attn": attention_branch, "mlp": mlp_branch}
+BRANCHES: dict[str, Callable[[Block, Tensor], Tensor]] = {"attn": attention_branch, "mlp": mlp_branch}
 
 
 @torch.no_grad()
 def refit(
     model: VisionTransformer, small: VisionTransformer, images: Iterable[Tensor], damping: float = DAMPING
 ) -> None:
-    """Solves the linear layers of every branch of `small` anew, in place, in running order, by damped least squares.
+    """Refits the linear layers of every branch of `small`, in place and in forward order, by damped least squares.
 
-    model: the whole network that `small` was cut from.  images: batches (B, C, height, width).  The inputs of a layer
-    are those that the refitted layers before it really give. The target of a branch's first layer (qkv, fc1) is what
-    it gave on the whole network's residual stream; of its last (proj, fc2), that stream after the branch, so that it
-    makes up for the drift so far too. Both networks run block by block, with activations kept for one at a time.
+    model: the whole network that `small` was cut from.  images: batches (B, C, height, width).
+    Each layer is fitted on the inputs that it receives after the layers before it have been refitted. The targets of
+    the first layer of a branch (qkv, fc1) are the outputs of that layer for the whole network's residual stream. The
+    targets of the last layer (proj, fc2) are that stream after the branch, so that errors of earlier layers are
+    corrected, too. Both networks run block by block, and only the activations of one block are kept.
+    Raises UserError as check_refit() does.
     """
     check_refit(model)
     device = next(small.parameters()).device
     model, small = model.to(device).eval(), small.eval()
-    wide = [embed(model, batch.to(device)) for batch in images]  # the residual streams, (B, N, D) a batch
-    narrow = list(wide)
-    for whole, cut in progress_bar(list(zip(model.blocks, small.blocks, strict=True)), "refit"):
-        for kind, run in RUN.items():
-            before, wide = wide, [x + run(whole, x) for x in wide]
-            if not hasattr(cut, kind):
+    whole = [embed(model, batch.to(device)) for batch in images]  # residual stream per batch, (B, N, D)
+    cut = list(whole)
+    for whole_block, cut_block in progress_bar(list(zip(model.blocks, small.blocks, strict=True)), "refit"):
+        for kind, branch in BRANCHES.items():
+            before, whole = whole, [x + branch(whole_block, x) for x in whole]
+            if not hasattr(cut_block, kind):
                 continue
-            weights = _token_weights(getattr(whole, kind), wide[0])
-            norm, first, last = _layers(cut, kind)
+            weights = _token_weights(getattr(whole_block, kind), whole[0])
+            norm, first, last = _layers(cut_block, kind)
             for layer in first:
-                _solve(layer, [norm(x) for x in narrow], [layer(norm(x)) for x in before], weights, damping)
-            scale = _layer_scale(cut, kind, last)
-            targets = [(target - x).double() / scale for x, target in zip(narrow, wide, strict=True)]
-            _solve(last, _inputs_of(last, partial(run, cut), narrow), targets, weights, damping)
-            narrow = [x + run(cut, x) for x in narrow]
+                _fit(layer, [norm(x) for x in cut], [layer(norm(x)) for x in before], weights, damping)
+            scale = _layer_scale(cut_block, kind, last)
+            targets = [(target - x).double() / scale for x, target in zip(cut, whole, strict=True)]
+            _fit(last, _inputs_of(last, partial(branch, cut_block), cut), targets, weights, damping)
+            cut = [x + branch(cut_block, x) for x in cut]
 
 
 def check_refit(model: Backbone) -> None:
-    """Raises UserError for a model that refit() does not know."""
+    """Raises UserError for a model that refit() does not support."""
     if not isinstance(model, VisionTransformer):
-        raise UserError(f"refitting knows vision transformers alone, not a {type(model).__name__}: leave --refit out")
+        raise UserError(
+            f"refitting supports only timm's VisionTransformer, not a {type(model).__name__}: leave --refit out"
+        )
     if any(cuts_v_alone(block.attn) for block in model.blocks):
-        raise UserError("refitting does not know attention with norms of q and k (qk_norm): leave --refit out")
+        raise UserError("refitting does not support attention with norms of q and k (qk_norm): leave --refit out")
 
 
 def _layers(block: Block, kind: str) -> tuple[nn.Module, list[nn.Linear], nn.Linear]:
-    """The norm, the first linear layers (a SwiGLU may have two) and the last one of a branch."""
+    """The norm, the first linear layers (SwiGLU may have two) and the last linear layer of a branch."""
     if kind == "attn":
         return block.norm1, [block.attn.qkv], block.attn.proj
     return block.norm2, list(first_layers(block.mlp).values()), block.mlp.fc2
 
 
 def _layer_scale(block: Block, kind: str, last: nn.Linear) -> Tensor:
-    """(D,), in float64: what the last layer's outputs are multiplied by; inf where that is nothing, so no target."""
+    """LayerScale of a branch, (D,), in float64; inf where it is 0, which makes the targets of such outputs 0."""
     gamma = getattr(block.ls1 if kind == "attn" else block.ls2, "gamma", last.weight.new_ones(last.out_features))
     return torch.where(gamma == 0, torch.inf, gamma.double())
 
 
 def _inputs_of(layer: nn.Linear, run: Callable[[Tensor], Tensor], stream: list[Tensor]) -> Iterator[Tensor]:
-    """What enters the layer while the branch runs, batch by batch."""
-    seen: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    """Runs the branch on each batch of the residual stream and yields the inputs of the layer, (B, N, n)."""
+    captured: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0]))
     for x in stream:
         run(x)
-        yield seen.pop()
+        yield captured.pop()
     hook.remove()
 
 
 def _token_weights(branch: nn.Module, x: Tensor) -> Tensor:
-    """(N,): as in the statistics, by where in a sequence the gradient lies; even where that is not known."""
-    even = torch.ones(x.shape[1], dtype=torch.float64, device=x.device)
-    known = getattr(branch, "compensation", None)
-    return even if known is None else EVEN + (1 - EVEN) * known.positions.to(even)
+    """Weights (N,) of the positions of a sequence: as in the statistics if the branch is compensated, else equal."""
+    equal = torch.ones(x.shape[1], dtype=torch.float64, device=x.device)
+    compensation = getattr(branch, "compensation", None)
+    if compensation is None:
+        return equal
+    return UNIFORM_SHARE + (1 - UNIFORM_SHARE) * compensation.positions.to(equal)
 
 
-def _solve(
+def _fit(
     layer: nn.Linear, inputs: Iterable[Tensor], targets: Iterable[Tensor], token_weights: Tensor, damping: float
 ) -> None:
-    """Weighted least squares from inputs (B, N, n) to targets (B, N, out); damping draws to the weights it has."""
+    """Fits the layer, in place, by weighted least squares from inputs (B, N, n) to targets (B, N, out).
+
+    Damping penalises the difference from the weights before.
+    """
     n, out = layer.in_features, layer.out_features
     moments = torch.zeros(n + 1, n + 1 + out, dtype=torch.float64, device=layer.weight.device)
     for x, y in zip(inputs, targets, strict=True):
-        left = torch.cat([x.double(), torch.ones_like(x[..., :1], dtype=torch.float64)], -1).flatten(0, 1)
-        weighted = left * token_weights.repeat(len(x))[:, None]  # (B N, n + 1)
-        moments += weighted.mT @ torch.cat([left, y.double().flatten(0, 1)], 1)
+        rows = torch.cat([x.double(), torch.ones_like(x[..., :1], dtype=torch.float64)], -1).flatten(0, 1)
+        weighted = rows * token_weights.repeat(len(x))[:, None]  # (B N, n + 1); the ones give the means
+        moments += weighted.mT @ torch.cat([rows, y.double().flatten(0, 1)], 1)
     reduce_sum(moments)
     moments /= moments[n, n].clone()
     mean, mean_out = moments[n, :n], moments[n, n + 1 :]
-    if layer.bias is None:  # then nothing can take up a mean
+    if layer.bias is None:  # then no bias can absorb the means
         mean, mean_out = torch.zeros_like(mean), torch.zeros_like(mean_out)
     covariance = moments[:n, :n] - torch.outer(mean, mean)
     cross = moments[:n, n + 1 :] - torch.outer(mean, mean_out)
