@@ -1,4 +1,4 @@
-"""timm's transformers as super-networks: run at any widths, cut, counted, saved, opened."""
+"""timm's transformers: which are supported, running them at any widths, cutting them, counting their MACs."""
 
 from .extraction import extract
 from .macs import count_macs

@@ -27,6 +27,7 @@ from wpac.compensation import COMPENSATION, DAMPING, compensate, save_compensati
 from wpac.statistics import collect_statistics
 from wpac.transform import contract as contract_weights
 
+from .amounts import format_amount
 from .facts import plain, stamp_of
 from .latency import LATENCY
 from .network import Network
@@ -106,6 +107,10 @@ def contract_network(
         raise UserError("there is no image to take statistics on")
     probe = first[0].to(next(model.parameters()).device)
     before, start = _output(model, probe), time.perf_counter()
+    if not before.isfinite().all():
+        raise UserError(
+            "the output of the model is not finite: its weights hold NaN, or are out of the range of their dtype"
+        )
     outputs = method == "best" or "fisher" in (basis, order)
     bar = progress_bar(itertools.chain([first], batches), "statistics", total=total)
     statistics = collect_statistics(model, bar, cost, squared=order == "hessian", outputs=outputs)
@@ -148,7 +153,7 @@ def save_contracted(network: Network, folder: Path, facts: dict[str, Any], with_
     say(f"written: {folder / CONTRACTED} and contracted.json")
     if network.method == "best":
         size = save_compensation(folder / COMPENSATION, network.model, network.stamp)
-        say(f"written: {folder / COMPENSATION}, {size / 1e6:.1f} MB")
+        say(f"written: {folder / COMPENSATION}, {format_amount(size, 'B')}")
     if with_table:
         network.table.save(folder / MASK_TABLE)
         say(f"written: {folder / MASK_TABLE}, {len(network.table)} sizes, without training")

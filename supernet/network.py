@@ -36,8 +36,8 @@ class Network:
     else that is written down with the weights.
     """
 
-    model: Backbone
-    table: MaskTable
+    model: Backbone = field(repr=False)
+    table: MaskTable = field(repr=False)
     name: str
     model_kwargs: dict[str, Any]
     preprocessing: dict[str, Any]
@@ -48,7 +48,7 @@ class Network:
     stamp: str | None = None
     source: Path | None = None
     is_subnetwork: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def describe(self) -> dict[str, Any]:
         """What is written with weights of this network, so that they say what they are: plain values."""
