@@ -40,9 +40,10 @@ from models.loading import fit_head
 from models.macs import CONVENTIONS
 from supernet import Network
 from supernet.budgets import asks_for_size, chosen_op_codes, latencies_of
+from supernet.facts import CONFIG, WEIGHTS
 from supernet.formats import FORMATS, NEEDS, write_formats
 from supernet.latency import Latencies
-from supernet.saving import CODE, CONFIG, WEIGHTS
+from supernet.saving import CODE
 from supernet.selection import count_sizes
 from utils import UserError, init_processes, progress_bar, run_program, say, seed_everything
 

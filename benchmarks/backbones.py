@@ -15,15 +15,13 @@ from typing import Any
 
 import torch
 
+import supernet
 from arguments import count
 from benchmarks.common import describe_machine
 from benchmarks.sizes import tables
 from files import write_text
-from models.backbone import create_backbone
-from models.extraction import extract
 from models.macs import count_macs, count_params
 from supernet.amounts import format_amount
-from supernet.selection import evenly_spaced
 from utils import run_program
 
 SIZES = 12
@@ -48,17 +46,16 @@ MODELS = {
 def measure(name: str, model_kwargs: dict, seed: int) -> list[dict]:
     """One row per size: op code, MACs per image in both conventions, and parameters."""
     torch.manual_seed(seed)
-    model = create_backbone(name, **model_kwargs).eval()
-    _, table = tables(model, (SIZES, 400), seed)
-    codes = evenly_spaced(model, table, SIZES)
+    network = supernet.create(name, model_kwargs)
+    model = network.model
+    _, network.table = tables(model, (SIZES, 400), seed)
     rows = []
-    for code in codes:
-        widths = table.widths(code)
-        macs = {convention: count_macs(model, widths, convention) for convention in ("linear", "full")}
-        rows.append({"op_code": code, "macs": macs["linear"], "macs_full": macs["full"]})
-        rows[-1]["params"] = count_params(model, widths)
+    for code in network.evenly_spaced(SIZES):
+        sizes = network.sizes(code)
+        rows.append({"op_code": code, "macs": sizes["macs"], "macs_full": network.macs(code, "full")})
+        rows[-1]["params"] = sizes["params"]
     for row in (rows[0], rows[len(rows) // 2], rows[-1]):
-        small = extract(model, table.widths(row["op_code"]))
+        small = network.cut(row["op_code"])
         with torch.inference_mode():
             logits = small(torch.randn(1, 3, *model.patch_embed.img_size))
         assert logits.isfinite().all() and count_params(small) == row["params"] and count_macs(small) == row["macs"]

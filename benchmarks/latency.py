@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from models.extraction import extract
 from models.macs import count_macs
 from piad.mask_table import MaskTable
 from report.plots import plot_latency
-from supernet.selection import evenly_spaced
+from supernet.contraction import network_of
 from utils import run_program
 
 MODES = ("eager", "compile")
@@ -191,7 +192,8 @@ def main() -> None:
     else:
         table = MaskTable.load(args.mask_table) if args.mask_table else tables(model, (2, OP_CODES), args.seed)[1]
         table.check(full_widths(model), args.model)
-        models = {code: extract(model, table.widths(code)) for code in evenly_spaced(model, table, args.sizes)}
+        network = replace(network_of(model), table=table)
+        models = {code: network.cut(code) for code in network.evenly_spaced(args.sizes)}
         rows = [row for pair in pairs for row in measure_sizes(args, device, models, *pair)]
     results = report(rows, settings, describe_machine(device))
     if args.output:

@@ -36,14 +36,12 @@ from datasets import eval_loader, open_splits, proxy_set
 from engine import evaluate
 from files import load_checkpoint
 from models.backbone import create_backbone, full_widths
-from models.extraction import extract
 from models.macs import count_macs
 from models.taylor import COSTS
 from piad.mask_table import MaskTable
 from studies.common import Results, facts_of, model_and_data_flags, parse_training_arguments, run_entry_point
 from studies.plots import plot_alternatives
 from supernet import Network
-from supernet.selection import largest_within
 from utils import UserError, init_processes, progress_bar, run_program
 
 SHARES = {"4:12": 4 / 12, "6:12": 6 / 12, "8:12": 8 / 12}
@@ -111,10 +109,9 @@ class Study:
             "--dropout-ratio", self.args.dropout_ratio, "--checkpoint", contracted / "contracted.safetensors",
             "--resume", "auto", "--output-dir", output,
         )  # fmt: skip
-        state = load_checkpoint(output / f"checkpoint_{epochs - 1}.pth")
-        model = copy.deepcopy(self.base)
-        model.load_state_dict(state["model_ema"] if "model_ema" in state else state["model"])
-        self.cut_and_finetune("skd", sizes_of(model, MaskTable.from_json(state["mask_table"])), seed, once=epochs)
+        checkpoint = output / f"checkpoint_{epochs - 1}.pth"
+        network = supernet.load(checkpoint, use_ema="model_ema" in load_checkpoint(checkpoint))
+        self.cut_and_finetune("skd", sizes_of(network), seed, once=epochs)
 
     def contract(self, method: str, seed: int) -> Path:
         """Runs reparam.py and returns its output folder; with "best", it writes a mask table as well."""
@@ -128,8 +125,7 @@ class Study:
 
     def best(self, seed: int) -> dict[str, VisionTransformer]:
         """size -> sub-network, contracted and compensated without training."""
-        network = supernet.load(self.contract("best", seed))
-        return sizes_of(network.model, network.table)
+        return sizes_of(supernet.load(self.contract("best", seed)))
 
     def torch_pruning(self, seed: int) -> dict[str, VisionTransformer]:
         """size -> model pruned by Torch-Pruning; seed: of the proxy set."""
@@ -172,11 +168,9 @@ class Study:
         return model
 
 
-def sizes_of(model: VisionTransformer, table: MaskTable) -> dict[str, VisionTransformer]:
+def sizes_of(network: Network) -> dict[str, VisionTransformer]:
     """size -> the largest sub-network within that share of the MACs."""
-    whole = count_macs(model)
-    codes = {size: largest_within(model, table, {"macs": part * whole}) for size, part in SHARES.items()}
-    return {size: extract(model, table.widths(code)) for size, code in codes.items()}
+    return {size: network.cut(network.select(max_macs=part * network.macs())) for size, part in SHARES.items()}
 
 
 def narrower(network: Network, part: float) -> VisionTransformer:

@@ -70,12 +70,12 @@ class CutStudy:
     def __init__(self, args: argparse.Namespace, device: torch.device, path: Path):
         self.args, self.device = args, device
         self.images, val = open_splits(args.data_set, args.data_path)
-        network = open_network(args, self.images.num_classes, plain_weights=True)
-        self.base, self.config = network.model.to(device), network.preprocessing
+        self.network = open_network(args, self.images.num_classes, plain_weights=True)
+        self.base, self.config = self.network.model.to(device), self.network.preprocessing
         val = proxy_set(val, args.val_images, 0) if args.val_images else val
         self.val_images, self.val = len(val), self.batches(val)
         self.whole = self.logits(self.base)
-        self.results = Results(path, **facts_of(network), machine=describe_machine(device, args.threads))
+        self.results = Results(path, **facts_of(self.network), machine=describe_machine(device, args.threads))
         self.reference = {"macs": count_macs(self.base), "images": self.val_images, **self.scores(self.whole)}
         if not self.results.rows("whole", images=self.val_images):
             self.results.add("whole", self.reference)

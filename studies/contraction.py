@@ -18,7 +18,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +41,6 @@ from studies.centring import centre_values
 from studies.common import Batches, CutStudy, add_study_arguments, zero_dims
 from studies.criteria import importance_by, sort_dims
 from studies.plots import plot_contraction
-from supernet.selection import largest_within
 from utils import init_processes, progress_bar, run_program
 from wpac.allocation import dim_errors
 from wpac.compensation import DAMPING, Compensation, OutputMoments, compensate, ordered_layer
@@ -184,7 +183,7 @@ class Study(CutStudy):
             widths = {module: int(width * share) for module, width in full_widths(self.base).items()}
             macs = count_macs(self.base, widths)
             if table:
-                widths = table.widths(largest_within(self.base, table, {"macs": macs}))
+                widths = table.widths(replace(self.network, table=table).select(max_macs=macs))
             start = time.perf_counter()
             small = extract(contracted.model, widths)
             if method.refitted:

@@ -25,19 +25,15 @@ from unittest import mock
 
 import main as program
 import reparam
+import supernet
 from arguments import open_network
 from benchmarks.common import describe_machine
 from datasets import eval_loader, open_splits
 from engine import evaluate
-from files import load_checkpoint
 from models.backbone import modules_of
-from models.extraction import extract
-from models.macs import count_macs
 from piad import dropout_list, importance
-from piad.mask_table import MaskTable
 from studies.common import Results, facts_of, model_and_data_flags, parse_training_arguments, run_entry_point
 from studies.plots import plot_regimes
-from supernet.selection import largest_within
 from utils import init_processes, progress_bar, run_program
 
 SHARES = {"2:12": 2 / 12, "4:12": 4 / 12, "6:12": 6 / 12, "8:12": 8 / 12, "12:12": 1.0}
@@ -147,7 +143,7 @@ class Study:
                 "--dropout-ratio", args.dropout_ratio, *self.flags, *(flags or []),
                 "--checkpoint", weights, "--output-dir", output,
             )  # fmt: skip
-            top1 = self.accuracies(load_checkpoint(output / f"checkpoint_{args.epochs - 1}.pth"))
+            top1 = self.accuracies(supernet.load(output / f"checkpoint_{args.epochs - 1}.pth", use_ema=True))
         self.results.add("rows", {**key, "top1": top1, "seconds": time.perf_counter() - start})
 
     def divides(self, choice: str) -> bool:
@@ -156,19 +152,12 @@ class Study:
         modules = modules_of(self.base).values()
         return choice not in numbers or all(m.width % numbers[choice][m.kind] == 0 for m in modules)
 
-    def accuracies(self, state: dict[str, Any]) -> dict[str, float]:
-        """Top-1 (percent) of the averaged weights of a checkpoint at SHARES of the MACs.
-
-        The smallest size is used for a share that it exceeds.
-        """
-        self.base.load_state_dict(state["model_ema"])
-        table, whole = MaskTable.from_json(state["mask_table"]), count_macs(self.base)
-        val = eval_loader(self.val, self.config, batch_size=256, workers=self.args.workers)
-        smallest, found = count_macs(self.base, table.widths(-1)), {}
+    def accuracies(self, network: supernet.Network) -> dict[str, float]:
+        """Top-1 (percent) at SHARES of the MACs; the smallest size is used for a share that it exceeds."""
+        val, found = eval_loader(self.val, self.config, batch_size=256, workers=self.args.workers), {}
         for name, part in SHARES.items():
-            code = largest_within(self.base, table, {"macs": max(part * whole, smallest)})
-            small = extract(self.base, table.widths(code)).to(self.device)
-            found[name] = evaluate(small, val, self.device)["top1"]
+            code = network.select(max_macs=max(part * network.macs(), network.macs(-1)))
+            found[name] = evaluate(network.cut(code).to(self.device), val, self.device)["top1"]
         return found
 
 

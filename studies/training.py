@@ -29,14 +29,10 @@ from arguments import positive
 from benchmarks.common import describe_machine
 from datasets import eval_loader, open_images
 from engine import evaluate
-from files import load_checkpoint, write_text
+from files import write_text
 from models.elastic import make_elastic
-from models.extraction import extract
-from models.macs import count_macs
-from piad.mask_table import MaskTable
 from studies.common import RESULTS, run_entry_point
 from supernet.facts import stamp_of
-from supernet.selection import largest_within
 from utils import run_program
 from wpac.compensation import COMPENSATION, load_compensation
 
@@ -78,19 +74,14 @@ def accuracies(variant: str, contracted: Path, checkpoint: Path) -> dict[str, fl
 
     The smallest size is used for a share that it exceeds.
     """
-    state = load_checkpoint(checkpoint)
-    network = supernet.load(contracted / "contracted.safetensors", plain_weights=True)
-    model = network.model
+    network = supernet.load(checkpoint, use_ema=True)
     if variant == "best, compensated":
-        load_compensation(contracted / COMPENSATION, model, stamp_of(model.parameters()))
-    model.load_state_dict(state["model_ema"])
-    table, whole = MaskTable.from_json(state["mask_table"]), count_macs(model)
+        load_compensation(contracted / COMPENSATION, network.model, supernet.load(contracted, plain_weights=True).stamp)
     val = eval_loader(open_images("digits", None, "val"), network.preprocessing, batch_size=360, workers=0)
-    smallest = count_macs(model, table.widths(-1))
     found = {}
     for share in SHARES:
-        code = largest_within(model, table, {"macs": max(share * whole, smallest)})
-        found[f"{share:g}"] = evaluate(extract(model, table.widths(code)), val, torch.device("cpu"))["top1"]
+        code = network.select(max_macs=max(share * network.macs(), network.macs(-1)))
+        found[f"{share:g}"] = evaluate(network.cut(code), val, torch.device("cpu"))["top1"]
     return found
 
 

@@ -29,8 +29,9 @@ def asks_for_size(args: argparse.Namespace) -> bool:
 
 
 def latencies_of(args: argparse.Namespace, network: Network) -> Latencies:
-    """The latencies of the network's sizes, measured as the flags say and kept beside its weights."""
-    return network.latencies(args.batch_size, args.amp, torch.device(args.device), network.source.parent)
+    """The latencies of the network's sizes, measured as the flags say and kept beside --mask-table or the weights."""
+    folder = (args.mask_table or network.source).parent
+    return network.latencies(args.batch_size, args.amp, torch.device(args.device), folder)
 
 
 def chosen_op_codes(args: argparse.Namespace, network: Network, latencies: Latencies | None = None) -> list[int]:

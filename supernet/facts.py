@@ -21,6 +21,7 @@ from files import read_json, shown
 from models.backbone import ALIASES, Backbone, create_backbone, family_named
 from utils import UserError
 
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of a sub-network's folder
 MAX_DEPTH, MAX_SIZE = 100, 1_000_000  # beyond any vision transformer: checked before a model of a file is built
 # Arguments of timm's models that matter in training only, so that a flag may give them beside any weights.
 REGULARIZATION = {"drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"}
@@ -33,13 +34,14 @@ def read_facts(weights: Path, state: dict[str, Any]) -> tuple[dict[str, Any], Pa
     """
     facts, source = state.get("settings"), weights
     if weights.suffix == ".safetensors":
-        is_subnetwork = weights.name == "model.safetensors"
-        source = weights.with_name("config.json") if is_subnetwork else weights.with_suffix(".json")
+        source = weights.with_name(CONFIG) if weights.name == WEIGHTS else weights.with_suffix(".json")
         facts = read_json(source) if source.is_file() else None
-    if not isinstance(facts, dict) or not isinstance(facts.get("model"), str):
+    # A config.json with widths is a sub-network's; other projects write files of that name, too.
+    if not isinstance(facts, dict) or not (isinstance(facts.get("model"), str) or "widths" in facts):
         return {}, source
-    for key, kind in {"model_kwargs": dict, "widths": dict, "preprocessing": dict}.items():
-        if not isinstance(facts.get(key, {} if key != "model_kwargs" else None), kind):
+    needed = ("model", "model_kwargs", "preprocessing") if "widths" in facts else ("model_kwargs",)
+    for key, kind in {"model": str, "model_kwargs": dict, "widths": dict, "preprocessing": dict}.items():
+        if (key in needed or key in facts) and not isinstance(facts.get(key), kind):
             raise UserError(f"{source}: {key} is missing or not of type {kind.__name__}")
     for key, width in facts.get("widths", {}).items():
         if type(width) is not int:

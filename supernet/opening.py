@@ -13,9 +13,19 @@ from piad.mask_table import MASK_TABLE, MaskTable
 from utils import UserError
 from wpac.compensation import COMPENSATION, load_compensation
 
-from .facts import agreed_model, agreed_preprocessing, as_tuples, check_stamp, plain, read_facts, stamp_of
+from .facts import (
+    CONFIG,
+    WEIGHTS,
+    agreed_model,
+    agreed_preprocessing,
+    as_tuples,
+    check_stamp,
+    plain,
+    read_facts,
+    stamp_of,
+)
 from .network import Network
-from .saving import CONFIG, CONTRACTED, WEIGHTS
+from .saving import CONTRACTED
 
 # What a Network holds under names of its own; everything else in a description goes into its facts.
 OWN = ("model", "model_kwargs", "preprocessing", "target", "method", "averaged_weights", "stamp", "grade")

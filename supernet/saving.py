@@ -14,7 +14,9 @@ from files import atomic_file, write_text
 from models.backbone import Backbone, full_widths
 from models.macs import count_macs, count_params
 
-WEIGHTS, CONFIG, CODE = "model.safetensors", "config.json", "model.py"  # of a sub-network's folder
+from .facts import CONFIG, WEIGHTS
+
+CODE = "model.py"  # beside the weights and config.json of a sub-network
 CONTRACTED = "contracted.safetensors"  # what contraction writes, with contracted.json beside it
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -16,9 +18,11 @@ from timm.models.vision_transformer import VisionTransformer
 import export
 import main
 import reparam
+import supernet
 from files import load_checkpoint
 from models.backbone import create_backbone
 from report import page
+from supernet import saving
 from utils import run_program
 
 ROOT = Path(main.__file__).parent
@@ -76,6 +80,20 @@ def call(program: str, *arguments: object, processes: int = 1) -> subprocess.Com
 
 def tiny_digits_model(**more: object) -> VisionTransformer:
     return create_backbone(NAME, **{**MODEL_KWARGS, "num_classes": CLASSES, **more})
+
+
+def save_subnetwork(
+    folder: Path, small: torch.nn.Module, *, name: str, model_kwargs: dict, preprocessing: dict, **facts: Any
+) -> dict[str, Any]:
+    """Writes a sub-network that was cut from a backbone of this name and these arguments; returns its config.json."""
+    description = {"model": name, "model_kwargs": model_kwargs, "preprocessing": preprocessing}
+    return saving.save_subnetwork(folder, small, description, facts)
+
+
+def load_subnetwork(folder: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The model of a sub-network's folder and its config.json."""
+    model = supernet.load(folder).model
+    return model, json.loads((folder / "config.json").read_text())
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:

@@ -124,8 +124,8 @@ def test_augmentation_flags_reach_the_loader(monkeypatch: pytest.MonkeyPatch):
     assert main.augmentation(parsed(monkeypatch))["auto_augment"] == "rand-m9-mstd0.5-inc1"
 
 
-@pytest.mark.parametrize(("flags", "amp"), [(["--amp"], "bfloat16"), (["--amp", "float16"], "float16")])
-def test_mixed_precision(monkeypatch: pytest.MonkeyPatch, flags: list[str], amp: str):
+@pytest.mark.parametrize(("flags", "amp"), [(["--amp"], torch.bfloat16), (["--amp", "float16"], torch.float16)])
+def test_mixed_precision(monkeypatch: pytest.MonkeyPatch, flags: list[str], amp: torch.dtype):
     assert parsed(monkeypatch, *flags, "--seed", "1").amp == amp
 
 

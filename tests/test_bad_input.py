@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from files import load_checkpoint
 from models.macs import count_macs, count_params
 from piad.mask_table import MaskTable
-from supernet.selection import format_amount
+from supernet.amounts import format_amount
 
 # The programs as they work; a case appends what is wrong (of two equal flags the last one counts).
 EVAL = ("main.py", "--eval", *COMMON, "--checkpoint", "{super_network}")
@@ -59,18 +59,18 @@ def case(name: str, command: tuple[str, ...], *says: str) -> Case:
 
 
 MODELS = [
-    case("a misspelt model", (*REPARAM, "--model", "deit_smal_patch16_224"),
+    case("a misspelt model", (*PRETRAIN, "--model", "deit_smal_patch16_224"),
          "unknown model 'deit_smal_patch16_224'", "deit_small_patch16_224"),
-    case("one of the authors' names, misspelt", (*REPARAM, "--model", "vit_bas"),
+    case("one of the authors' names, misspelt", (*PRETRAIN, "--model", "vit_bas"),
          "unknown model 'vit_bas'", "vit_base"),
-    case("a convolutional network", (*REPARAM, "--model", "resnet18", "--model-kwargs"),
+    case("a convolutional network", (*PRETRAIN, "--model", "resnet18", "--model-kwargs"),
          "resnet18 is not supported (it is a ResNet); these are: vit_*"),
-    case("a model of no family", (*REPARAM, "--model", "volo_d1_224", "--model-kwargs"),
+    case("a model of no family", (*PRETRAIN, "--model", "volo_d1_224", "--model-kwargs"),
          "volo_d1_224 is not supported (it is a VOLO); these are: vit_*"),
-    case("a norm behind the attention", (*REPARAM, *MODEL, "scale_attn_norm=True"),
+    case("a norm behind the attention", (*PRETRAIN, *MODEL, "scale_attn_norm=True"),
          f"{NAME} is not supported (block 0 has a norm on the outputs of its attention)"),
-    case("an argument that timm does not know", (*REPARAM, *MODEL, "dephts=3"), "timm could not make", "dephts"),
-    case("heads that do not divide D", (*REPARAM, *MODEL, "num_heads=5"), "timm could not make", "num_heads"),
+    case("an argument that timm does not know", (*PRETRAIN, *MODEL, "dephts=3"), "timm could not make", "dephts"),
+    case("heads that do not divide D", (*PRETRAIN, *MODEL, "num_heads=5"), "timm could not make", "num_heads"),
     case("a head dim without units",
          (*TRAIN_PIAD, *MODEL, "embed_dim=33", "--checkpoint", "{head_dim_11}"),
          "0.attn: head_dim 11 does not divide into 4 to 8 equal units"),
@@ -105,16 +105,16 @@ CHECKPOINTS = [
          "wide.safetensors is of another architecture", "cls_token is (1, 1, 96) there, (1, 1, 48) in the model"),
     case("weights of more blocks", (*TRAIN_PIAD, "--checkpoint", "{deep}"),
          "another architecture", "blocks.2.", "there, absent in the model"),
-    case("weights of fewer blocks", (*TRAIN_PIAD, *MODEL, "depth=3"),
+    case("weights of fewer blocks", (*TRAIN_PIAD, *MODEL, "depth=3", "--checkpoint", "{seven}"),
          "another architecture", "blocks.2.norm1.weight is absent there, (48,) in the model"),
     case("weights of colour images", (*REPARAM, "--checkpoint", "{colour}"),
          "patch_embed.proj.weight is (48, 3, 8, 8) there, (48, 1, 8, 8) in the model"),
-    case("evaluation with another head", (*EVAL, "--checkpoint", "{seven}", "--mask-table", "{mask_table}"),
+    case("evaluation with another head", (*EVAL, "--checkpoint", "{seven}", "--mask-table", "{unstamped}"),
          "the model has 7 classes, the data has 10"),
     case("WPAC with another head", (*REPARAM, "--checkpoint", "{seven}"), "the model has 7 classes, the data has 10"),
     case("PIAD with another head", (*TRAIN_PIAD, "--checkpoint", "{seven}"), "7 classes, the data has 10"),
     case("averaged weights that are not there", (*EVAL, "--eval-ema", "--checkpoint", "{seven}",
-         "--mask-table", "{mask_table}"), "seven.safetensors holds no averaged weights", "--eval-ema"),
+         "--mask-table", "{unstamped}"), "seven.safetensors holds no averaged weights", "--eval-ema"),
     case("a baseline that is not there", (*EVAL, "--baseline", "{folder}/none.pth"), "none.pth does not exist"),
     case("a run to resume that is not there", (*TRAIN_PIAD, "--resume", "{folder}/none.pth"),
          "none.pth does not exist"),
@@ -135,9 +135,9 @@ DATA = [
     case("train/ and val/ of other classes", (*TRAIN_PIAD, *FLOWERS, "{folder}/torn"),
          "train/ and val/ differ in their classes: daisy"),
     case("an unreadable image in evaluation", (*EVAL, *FLOWERS, "{folder}/broken", "--checkpoint", "{two}",
-         "--mask-table", "{mask_table}"), "cannot read image", "broken/val/tulip/1.png"),
+         "--mask-table", "{unstamped}"), "cannot read image", "broken/val/tulip/1.png"),
     case("an unreadable image, met by a loading process", (*EVAL, *FLOWERS, "{folder}/broken", "--workers", "2",
-         "--checkpoint", "{two}", "--mask-table", "{mask_table}"), "cannot read image", "broken/val/tulip/1.png"),
+         "--checkpoint", "{two}", "--mask-table", "{unstamped}"), "cannot read image", "broken/val/tulip/1.png"),
     case("an unreadable image in WPAC", (*REPARAM, *FLOWERS, "{folder}/broken", "--checkpoint", "{two}",
          "--proxy-samples", "4"), "cannot read image", "broken/val/tulip/1.png"),
     case("a data set of timm's that is not there", (*EVAL, "--data-set", "torch/cifar10", "--data-path",
@@ -212,14 +212,18 @@ PLACES = [
 ]  # fmt: skip
 
 FOLDERS = [
-    case("a folder for a checkpoint", (*EVAL, "--checkpoint", "{folder}"), "is a folder: give the file of the weights"),
-    case("a budget for one size", (*FOLDER, "{folder}/none", "--latency", "5ms"), "has one size: leave --op-code and"),
-    case("no sub-network there", (*FOLDER, "{folder}/none"), "none is not a sub-network", "config.json"),
+    case(
+        "a folder without a network",
+        (*EVAL, "--checkpoint", "{folder}"),
+        "is not a super-network, which has mask_table",
+    ),
+    case("a budget for one size", (*FOLDER, "{peeled}", "--latency", "5ms"), "has one size: leave --op-code and"),
+    case("no sub-network there", (*FOLDER, "{folder}/none"), "none does not exist: give weights, or the folder"),
     *(
         case(f"a sub-network that is {name}", (*FOLDER, f"{{folder}}/{name}"), *says)
         for name, says in {
             "no_json": ("no_json/config.json is not valid JSON",),
-            "a_list": ("a_list/config.json: model is missing",),
+            "a_list": ("a_list/config.json does not say of which model it is",),
             "nameless": ("nameless/config.json: model is missing",),
             "without_weights": ("without_weights/model.safetensors does not exist",),
             "cut_short": ("cut_short/model.safetensors", "damaged"),
@@ -374,7 +378,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     make_image_folders(folder)
     make_sub_networks(folder, road)
     (folder / "alone").mkdir()
-    found["alone"] = Path(shutil.copy(road.super_network, folder / "alone"))
+    found["alone"] = Path(shutil.copy(road.contracted, folder / "alone"))
+    found["unstamped"] = folder / "unstamped.json"
+    table = json.loads(road.mask_table.read_text())
+    found["unstamped"].write_text(json.dumps({key: value for key, value in table.items() if key != "meta"}))
     model, table = tiny_digits_model(), MaskTable.load(road.mask_table)
     smallest = table.widths(-1)
     return {
@@ -384,6 +391,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "contracted": str(road.contracted),
         "super_network": str(road.super_network),
         "mask_table": str(road.mask_table),
+        "peeled": str(road.peeled),
         "last": str(len(table) - 1),
         "smallest_macs": format_amount(count_macs(model, smallest)),
         "smallest_params": format_amount(count_params(model, smallest)),

@@ -453,12 +453,12 @@ def test_save_and_load_compensation(scale: float, tmp_path: Path, data):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t | {"weights": t["weights"] + 1}, "made for other weights"),
+        (lambda t: t | {"stamp": t["stamp"] + 1}, "made for other weights"),
         (lambda t: t | {"0.mlp.lower": t["0.mlp.lower"][:-1]}, "0.mlp.lower has shape"),
         (lambda t: t | {"7.mlp.mean": t["0.mlp.mean"].clone()}, "7.mlp.mean has shape"),
         (lambda t: {key: value for key, value in t.items() if key != "0.mlp.lower"}, "0.mlp.lower is missing"),
         (lambda t: {key: value for key, value in t.items() if key != "0.mlp.mean"}, "0.mlp.mean is missing"),
-        (lambda t: {key: value for key, value in t.items() if key != "weights"}, "made for other weights"),
+        (lambda t: {key: value for key, value in t.items() if key != "stamp"}, "made for other weights"),
         (lambda t: t | {"1.attn.positions": t["1.attn.positions"][:-1].clone()}, "1.attn.positions has shape"),
         (lambda t: t | {"0.mlp.mean": t["0.mlp.mean"].int()}, "0.mlp.mean has shape"),
     ],

@@ -349,7 +349,7 @@ def test_training_state_goes_round(tmp_path: Path):
 def test_state_that_lacks_something_is_of_another_run(missing: str):
     state = full_training().state_dict()
     del state[missing]
-    with pytest.raises(UserError, match=f"the checkpoint is of another run: '{missing}'"):
+    with pytest.raises(UserError, match=f"the checkpoint is of another run: KeyError '{missing}'"):
         full_training().load_state_dict(state)
 
 

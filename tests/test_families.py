@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import given, settings
-from programs import run
-from supernet.folder import load_subnetwork, save_subnetwork
+from programs import load_subnetwork, run, save_subnetwork
 from timm.layers import SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from tiny import PLAIN, SHAPE, batches, draw_parameters, random_data, relative, widths_strategy
@@ -29,7 +28,7 @@ from models.macs import count_macs, count_params, fixed_macs
 from models.subnetwork import Bypass, ValueLayer, ValueProjection, branch_parameters
 from piad.dropout_list import unit_sizes
 from piad.progressive import ProgressiveDropout
-from studies.criteria import CRITERIA, importance_by, sort_dims
+from studies.criteria import CRITERIA, EqualTokens, importance_by, sort_dims
 from supernet.facts import stamp_of
 from supernet.formats import Size
 from utils import UserError
@@ -139,7 +138,7 @@ def test_contraction_keeps_the_function_and_orders_the_dims(family, basis, data)
 def test_principal_axes_are_those_of_v_as_the_model_makes_it(family, data):
     """Unweighted moments of v, read off a forward pass by hand, are diagonal after the rotation, largest first."""
     model = made(family)
-    contract(model, collect_statistics(model, [data], weighting="none"))
+    contract(model, collect_statistics(model, [data], token_collector=EqualTokens))
     module = modules_of(model)["0.attn"]
     layer, attn = value_layer(blocks_of(model)[0].attn), blocks_of(model)[0].attn
     seen = []

@@ -68,7 +68,7 @@ def assert_resumes(folder: Path, reference: Reference, place: str | None, *fault
     )
     ended = resume(folder, arguments, *faults, processes=processes)
     assert (set(ended.codes), ended.error) == ({0}, "")
-    last = next(line for line in ended.out.splitlines() if not line.startswith("passing over"))
+    last = next(line for line in ended.out.splitlines() if not line.startswith("skipping"))
     assert last.endswith(f": {place}" if place else "to resume: a fresh start")
     found = differences(folder, expected)
     assert found == [], "\n".join(found)

@@ -17,7 +17,6 @@ import logs
 from files import (
     CheckpointFolder,
     atomic_file,
-    check_like,
     check_output_dir,
     load_checkpoint,
     read_json,
@@ -290,7 +289,7 @@ def test_resuming_takes_the_newest_whole_checkpoint(tmp_path, capsys):
     assert folder.to_resume("auto")["epoch"] == 10
     path.write_bytes(path.read_bytes()[:100])
     assert folder.to_resume("auto")["epoch"] == 9
-    assert "passing over checkpoint_10.pth: checkpoint" in capsys.readouterr().out
+    assert "skipping checkpoint_10.pth: checkpoint" in capsys.readouterr().out
     assert folder.to_resume(str(tmp_path / "checkpoint_8.pth"))["epoch"] == 8
     with pytest.raises(UserError, match=r"checkpoint_10\.pth"):
         folder.to_resume(str(path))
@@ -316,27 +315,7 @@ def test_a_checkpoint_with_one_bit_of_a_weight_changed_is_not_whole(tmp_path, ca
     with pytest.raises(UserError, match=r"checkpoint_1\.pth is damaged: .* has another checksum"):
         load_checkpoint(path)
     assert folder.to_resume("auto")["epoch"] == 0
-    assert "passing over checkpoint_1.pth" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("found", "said"),
-    [
-        ({"a": torch.zeros(2)}, r"'b' is missing"),
-        ({"a": torch.zeros(2), "b": [1, 2.0], "c": 0}, r"'c' is unknown"),
-        ({"a": torch.zeros(3), "b": [1, 2.0]}, r"'a' is torch.float32 \(3,\), not torch.float32 \(2,\)"),
-        ({"a": torch.zeros(2).half(), "b": [1, 2.0]}, r"'a' is torch.float16 \(2,\), not"),
-        ({"a": torch.zeros(2), "b": [1, 2.0, 3]}, r"'b' has 3 entries, not 2"),
-        ({"a": torch.zeros(2), "b": [1.0, 2.0]}, r"'b.0' is of type float, not int"),
-        ({"a": torch.zeros(2), "b": [True, 2.0]}, r"'b.0' is of type bool, not int"),
-        ({"a": [0.0, 0.0], "b": [1, 2.0]}, r"'a' is of type list, not Tensor"),
-    ],
-)
-def test_a_state_of_another_make_is_named(found, said):
-    expected = {"a": torch.zeros(2), "b": [1, 2.0]}
-    check_like({"a": torch.ones(2), "b": [7, 3]}, expected)
-    with pytest.raises(UserError, match=f"the checkpoint is of another run: {said}"):
-        check_like(found, expected)
+    assert "skipping checkpoint_1.pth" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -346,7 +325,7 @@ def test_a_state_of_another_make_is_named(found, said):
 )
 def test_a_tensor_must_have_all_its_numbers(tensor, tmp_path):
     torch.save({"state": [{"weight": tensor}]}, tmp_path / "odd.pth")
-    with pytest.raises(UserError, match=r"'state.0.weight' is not a plain tensor with all its numbers"):
+    with pytest.raises(UserError, match=r"'state.0.weight' is not a plain tensor with all its elements"):
         load_checkpoint(tmp_path / "odd.pth")
 
 

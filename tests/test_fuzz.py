@@ -22,13 +22,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import MODEL_KWARGS, NAME, assert_same, tiny_digits_model
+from programs import MODEL_KWARGS, NAME, assert_same, load_subnetwork, save_subnetwork, tiny_digits_model
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 
 import datasets
-import main
 from engine import train_one_epoch
 from files import CheckpointFolder, load_checkpoint
 from models.backbone import full_widths
@@ -36,7 +35,6 @@ from models.elastic import make_elastic
 from models.extraction import extract
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
-from supernet.folder import load_subnetwork, save_subnetwork
 from training import Progress, Training
 from utils import UserError
 
@@ -258,7 +256,7 @@ TIMM_ARGUMENTS = (*inspect.signature(VisionTransformer.__init__).parameters, "pr
 def sub_network(folder: Path) -> dict[str, Any]:
     """Writes a sub-network; its config."""
     model = extract(tiny_digits_model().eval(), WIDTHS)
-    preprocessing = main.preprocessing(model, {})
+    preprocessing = datasets.preprocessing(model, {})
     save_subnetwork(
         folder, model, name=NAME, model_kwargs=MODEL_KWARGS, preprocessing=preprocessing, op_code=3, data_set="digits"
     )

@@ -19,15 +19,15 @@ from typing import Any
 import pytest
 import torch
 from faults import FORK
-from programs import CLASSES, MODEL_KWARGS, NAME, tiny_digits_model
+from programs import CLASSES, MODEL_KWARGS, NAME, load_subnetwork, tiny_digits_model
 from safetensors.torch import save_file
 from test_fuzz import FULL, as_bytes, sub_network
 
+import supernet
 from benchmarks.common import peak_bytes
 from files import MAX_JSON_BYTES
-from models.loading import load_backbone
 from piad.mask_table import MaskTable
-from supernet.folder import MAX_DEPTH, load_subnetwork
+from supernet.facts import MAX_DEPTH
 from utils import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def read_too_much(path: Path, results: connection.Connection) -> None:
             elif path.name == "config.json":
                 load_subnetwork(path.parent)
             else:
-                load_backbone(NAME, MODEL_KWARGS, num_classes=CLASSES, checkpoint=path)
+                supernet.load(path, name=NAME, model_kwargs=MODEL_KWARGS, plain_weights=True)
         except UserError as error:
             found["error"] = str(error)
         except Exception as error:

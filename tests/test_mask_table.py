@@ -209,8 +209,8 @@ def test_too_many_op_codes_are_refused():
         ('{"0.attn": {"0": 16', "not valid JSON"),
         ('{"0.attn": {"0": NaN}}', "0.attn has width nan|not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ('{"0.attn": {"0": 16}, "0.attn": {"0": 8}}', "'0.attn' stands twice"),
-        ('{"0.attn": {"0": 16, "0": 8}}', "'0' stands twice"),
+        ('{"0.attn": {"0": 16}, "0.attn": {"0": 8}}', "'0.attn' appears twice"),
+        ('{"0.attn": {"0": 16, "0": 8}}', "'0' appears twice"),
     ],
     ids=["empty", "cut short", "NaN", "endless", "module twice", "op code twice"],
 )

@@ -11,6 +11,7 @@ from timm.layers import Attention
 from tiny import SHAPE, VARIANTS, masked_logits, random_backbone, random_data, relative, some_widths, widths_strategy
 from torch import Tensor, nn
 
+import supernet
 from models.backbone import (
     ALIASES,
     Module,
@@ -21,9 +22,9 @@ from models.backbone import (
     modules_of,
 )
 from models.extraction import extract
-from models.loading import fit_head, load_backbone, load_weights
+from models.loading import fit_head, load_weights
 from models.macs import count_macs, count_params, macs_per_dim
-from models.parts import classify, follow, parts_of
+from models.parts import apply_part, classify, parts_of
 from piad.dropout_list import UNITS, unit_sizes
 from utils import UserError
 
@@ -131,7 +132,7 @@ def test_every_variant_is_taken_and_runs_in_parts_as_it_runs_whole(any_backbone,
     first = next(iter(modules_of(any_backbone).values()))
     assert x.flatten(1, -2).shape == (8, first.tokens, first.dim)
     for part in parts:
-        x = follow(x, part)
+        x = apply_part(x, part)
     assert relative(classify(any_backbone, x), any_backbone(data[0])) < 1e-12
 
 
@@ -187,17 +188,17 @@ def test_load_weights_into_the_structure_of_a_model(backbone, data):
     assert torch.equal(empty.eval()(data[0]), backbone(data[0]))
 
 
-def test_load_backbone_takes_the_head_of_its_weights(tmp_path, backbone, data):
+def test_weights_from_elsewhere_keep_their_head(tmp_path, backbone, data):
     file = tmp_path / "weights.pth"
     torch.save({"model": backbone.state_dict(), "model_ema": random_backbone(seed=3).state_dict()}, file)
     name = VARIANTS["plain"][0]
     for use_ema, seed in ((False, 0), (True, 3)):
-        model = load_backbone(name, TINY, num_classes=99, checkpoint=file, use_ema=use_ema)
+        net = supernet.load(file, name=name, model_kwargs=TINY, plain_weights=True, use_ema=use_ema)
         expected = random_backbone(seed=seed, dtype=torch.float32)
-        assert torch.equal(model.eval()(data[0].float()), expected(data[0].float()))
-    assert load_backbone(name, TINY, num_classes=99).num_classes == 99
+        assert torch.equal(net.model(data[0].float()), expected(data[0].float())) and net.averaged == use_ema
+    assert supernet.create(name, TINY, num_classes=99).model.num_classes == 99
     with pytest.raises(UserError, match=r"weights\.pth is of another architecture: pos_embed"):
-        load_backbone(name, TINY | {"patch_size": 16}, num_classes=7, checkpoint=file)
+        supernet.load(file, name=name, model_kwargs=TINY | {"patch_size": 16}, plain_weights=True)
 
 
 def test_fit_head(capsys, data):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from programs import COMMON, MODEL_KWARGS, NAME, PROXY, ROOT, Road, run, tiny_digits_model
+from programs import CLASSES, COMMON, MODEL_KWARGS, NAME, PROXY, ROOT, Road, run, tiny_digits_model
 
 import models
 import piad
@@ -25,6 +25,8 @@ from piad.mask_table import MaskTable
 from supernet import load
 from utils import UserError
 
+KWARGS = {**MODEL_KWARGS, "num_classes": CLASSES}
+
 
 def assert_same_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     own = model.state_dict()
@@ -36,7 +38,7 @@ def test_a_folder_of_training_opens_at_its_newest_checkpoint(use_ema: bool, road
     network = load(road.peelable, use_ema=use_ema)
     assert_same_weights(network.model, load_checkpoint(road.super_network)["model_ema" if use_ema else "model"])
     assert network.table == MaskTable.load(road.mask_table) and not network.model.training
-    assert (network.name, network.model_kwargs, network.grade) == (NAME, MODEL_KWARGS, "cut")
+    assert (network.name, network.model_kwargs, network.grade) == (NAME, KWARGS, "cut")
     assert network.source == road.super_network
     first = road.peelable / "checkpoint_0.pth"
     assert_same_weights(load(str(first)).model, road.weights(first))
@@ -55,9 +57,10 @@ def test_contracted_weights_open_with_their_compensation(road: Road, tmp_path: P
 
 
 def test_a_sub_network_opens_with_its_one_size(road: Road):
-    for path in (road.peeled, road.peeled / "model.safetensors"):
+    config = json.loads((road.peeled / "config.json").read_text())
+    for path in (road.peeled, road.peeled / "model.safetensors", road.peeled / "config.json"):
         network = load(path)
-        assert network.table.rows == [full_widths(network.model)] == [network.facts["widths"]]
+        assert network.table.rows == [full_widths(network.model)] == [config["widths"]]
         assert network.grade == "cut, then fine-tuned" and network.name == NAME
 
 
@@ -70,10 +73,14 @@ def test_an_image_is_read_as_in_evaluation(road: Road):
     assert isinstance(image, Image.Image)
 
 
-def test_preprocessing_is_that_of_the_run(road: Road, tmp_path: Path):
+@pytest.mark.parametrize("earlier_version", [False, True])
+def test_preprocessing_is_that_of_the_run(earlier_version: bool, road: Road, tmp_path: Path):
+    """The settings of an earlier version hold the flags instead of the whole configuration."""
     shutil.copytree(road.peelable, tmp_path / "run")
     state = load_checkpoint(road.super_network)
-    state["settings"] |= {"mean": [0.25], "std": [0.125], "crop_pct": 0.5, "interpolation": "bilinear"}
+    said = {"mean": [0.25], "std": [0.125], "crop_pct": 0.5, "interpolation": "bilinear"}
+    preprocessing = state["settings"].pop("preprocessing")
+    state["settings"] |= said if earlier_version else {"preprocessing": preprocessing | said}
     save_checkpoint(tmp_path / "run" / "checkpoint_1.pth", state)
     found = load(tmp_path / "run").preprocessing
     assert (found["mean"], found["std"], found["crop_pct"]) == ([0.25], [0.125], 0.5)
@@ -87,14 +94,17 @@ def test_what_is_saved_opens_again(road: Road, tmp_path: Path):
     again = load(tmp_path / "small")
     images = torch.randn(2, 1, 16, 16)
     assert torch.equal(again.model(images), small(images))
-    assert again.facts == json.loads(json.dumps(config)) and config["op_code"] == 3 and config["grade"] == "cut"
-    assert again.preprocessing == network.preprocessing
+    assert config == json.loads((tmp_path / "small" / "config.json").read_text())
+    assert again.facts == {"op_code": 3} and config["op_code"] == 3 and config["grade"] == again.grade == "cut"
+    assert again.preprocessing == network.preprocessing == config["preprocessing"]
 
 
 def test_weights_that_do_not_say_their_model_take_a_name(road: Road, tmp_path: Path):
     """As the authors' checkpoints do not."""
     save_checkpoint(tmp_path / "checkpoint_7.pth", {"model": road.weights()})
-    shutil.copy(road.mask_table, tmp_path)
+    with pytest.raises(UserError, match="does not say of which model it is: give its name"):
+        load(tmp_path, plain_weights=True)
+    MaskTable(MaskTable.load(road.mask_table).rows).save(tmp_path / "mask_table.json")
     with pytest.raises(UserError, match="does not say of which model it is: give its name"):
         load(tmp_path)
     assert_same_weights(load(tmp_path, name=NAME, model_kwargs=MODEL_KWARGS).model, road.weights())
@@ -103,11 +113,12 @@ def test_weights_that_do_not_say_their_model_take_a_name(road: Road, tmp_path: P
 def test_a_name_beside_weights_that_say_theirs(road: Road):
     """What is recorded counts; a name that says the same is no mistake."""
     network = load(road.peelable, name=NAME)
-    assert network.model_kwargs == MODEL_KWARGS and network.preprocessing == load(road.peelable).preprocessing
+    assert network.model_kwargs == KWARGS and network.preprocessing == load(road.peelable).preprocessing
     assert load(road.peelable, name=NAME, model_kwargs=MODEL_KWARGS).name == NAME
-    for given in ({"name": "vit_small"}, {"name": NAME, "model_kwargs": {**MODEL_KWARGS, "depth": 3}}):
-        with pytest.raises(UserError, match=f"says that its model is {NAME} .*depth=.*: leave --model"):
-            load(road.peelable, **given)
+    with pytest.raises(UserError, match=f"says that its model is {NAME} .*, --model says vit_small: leave --model"):
+        load(road.peelable, name="vit_small")
+    with pytest.raises(UserError, match=f"{road.super_network} says depth=2, --model-kwargs says depth=3: leave it"):
+        load(road.peelable, name=NAME, model_kwargs={**MODEL_KWARGS, "depth": 3})
 
 
 def test_settings_reach_no_file(road: Road, tmp_path: Path):
@@ -126,9 +137,16 @@ def test_settings_reach_no_file(road: Road, tmp_path: Path):
         (lambda folder, road: None, "is not a super-network"),
         (lambda folder, road: shutil.copy(road.mask_table, folder), "is not a super-network"),
         (lambda folder, road: shutil.copy(road.super_network, folder), "is not a super-network"),
-        (lambda folder, road: (folder / "config.json").write_text("[]"), "config.json: model is missing"),
+        (lambda folder, road: (folder / "config.json").write_text("[]"), "model.safetensors does not exist"),
+        (
+            lambda folder, road: (
+                shutil.copy(road.contracted, folder / "model.safetensors"),
+                (folder / "config.json").write_text("[]"),
+            ),
+            "config.json does not say of which model it is",
+        ),
     ],
-    ids=["empty", "a table alone", "a checkpoint alone", "a config of something else"],
+    ids=["empty", "a table alone", "a checkpoint alone", "a config alone", "a config of something else"],
 )
 def test_a_folder_that_holds_no_network(make, says: str, road: Road, tmp_path: Path):
     make(tmp_path, road)
@@ -139,16 +157,25 @@ def test_a_folder_that_holds_no_network(make, says: str, road: Road, tmp_path: P
 
 
 def test_a_table_of_another_network(road: Road, tmp_path: Path):
-    shutil.copy(road.super_network, tmp_path)
+    """Beside weights that bring no table of their own, and where it is given instead of theirs."""
+    shutil.copy(road.contracted, tmp_path)
     rows = [full_widths(tiny_digits_model(depth=3))]
     MaskTable(rows).save(tmp_path / "mask_table.json")
     with pytest.raises(UserError, match="mask table covers 3 blocks"):
-        load(tmp_path)
+        load(tmp_path, name=NAME, model_kwargs=MODEL_KWARGS)
+    with pytest.raises(UserError, match="mask table covers 3 blocks"):
+        load(road.peelable, mask_table=tmp_path / "mask_table.json")
+
+
+def test_the_table_in_a_checkpoint_counts_before_the_file_beside_it(road: Road, tmp_path: Path):
+    shutil.copy(road.super_network, tmp_path)
+    MaskTable([full_widths(tiny_digits_model(depth=3))]).save(tmp_path / "mask_table.json")
+    assert load(tmp_path).table == MaskTable.load(road.mask_table)
 
 
 @pytest.mark.parametrize("first", ["models", "piad", "wpac", "supernet", "datasets"])
-def test_houses_open_in_any_order(first: str):
-    """supernet.load knows piad and wpac, which know models: none may need another to be imported first."""
+def test_packages_import_in_any_order(first: str):
+    """supernet.load knows piad and wpac, which know models: none may need another to be imported before it."""
     names = ["from supernet import load", "from models import extract, count_macs", "from piad import MaskTable"]
     code = "; ".join([f"import {first}", *names, "from wpac import contract"])
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -156,6 +183,7 @@ def test_houses_open_in_any_order(first: str):
 
 
 def test_public_names_say_what_they_give_and_raise():
-    for public in (supernet.load, models.extract, piad.MaskTable.select, piad.MaskTable.load, piad.MaskTable.widths):
+    table = piad.MaskTable
+    for public in (supernet.load, models.extract, supernet.Network.select, table.load, table.widths, table.check):
         assert "Raises UserError" in public.__doc__
     assert "Raises ValueError" in models.count_macs.__doc__ and "Raises KeyError" in wpac.contract.__doc__

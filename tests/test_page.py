@@ -14,7 +14,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from programs import COMMON, ROOT, Road, exit_code, run
 
-from supernet.selection import format_amount
+from supernet.amounts import format_amount
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 

@@ -23,7 +23,9 @@ from programs import (
     PIAD,
     Road,
     assert_same,
+    load_subnetwork,
     run,
+    save_subnetwork,
     tiny_digits_model,
 )
 from timm.models.vision_transformer import VisionTransformer
@@ -35,8 +37,7 @@ from models.backbone import full_widths
 from models.extraction import extract
 from models.macs import count_macs, count_params
 from piad.mask_table import MaskTable
-from supernet.folder import load_subnetwork, save_subnetwork
-from supernet.selection import format_amount
+from supernet.amounts import format_amount
 
 
 def model_of(weights: dict[str, torch.Tensor]) -> VisionTransformer:
@@ -102,7 +103,7 @@ def test_wpac_moves_the_weights_and_keeps_the_function(road: Road):
 
 def test_wpac_says_how_it_was_made(road: Road):
     facts = json.loads((road.reparamed / "contracted.json").read_text())
-    assert facts["model"] == NAME and facts["model_kwargs"] == MODEL_KWARGS
+    assert facts["model"] == NAME and facts["model_kwargs"] == {**MODEL_KWARGS, "num_classes": 10}
     assert (facts["proxy_samples"], facts["cost"], facts["averaged_weights"]) == (64, "logit", False)
     assert facts["checkpoint"].endswith("pretrained/checkpoint_3.pth") and 0 < facts["logit_difference"] < 1e-5
     whole = measured(model_of(road.weights(road.contracted)))["top1"]
@@ -496,7 +497,7 @@ def test_a_damaged_checkpoint_is_passed_over(road: Road, unhurt: Path, tmp_path:
     time.sleep(1.1)
     run("main.py", *LONG, "--checkpoint", road.contracted, "--output-dir", folder, "--resume", "auto")
     shown = capsys.readouterr().out
-    assert "passing over checkpoint_2.pth" in shown and "checkpoint_1.pth: epoch 2, step 0" in shown
+    assert "skipping checkpoint_2.pth" in shown and "checkpoint_1.pth: epoch 2, step 0" in shown
     assert_runs_are_equal(folder, unhurt)
 
 
