@@ -1,7 +1,7 @@
 """Sub-networks as files for elsewhere: a folder, a .pt2 for torch alone, an .onnx for onnxruntime alone.
 
-python -m export output/peelable/digits --macs 200K --format folder onnx torch-export --output output/small
-python -m export output/peelable/digits --all 12 --format onnx --output output/sizes
+python export.py output/peelable/digits --macs 200K --format folder onnx torch-export --output output/small
+python export.py output/peelable/digits --all 12 --format onnx --output output/sizes
 """
 
 from __future__ import annotations
@@ -87,7 +87,6 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
     parser = Parser(
-        prog="python -m export",
         description="Export sub-networks, each checked against the model it was made from.",
     )
     group = parser.add_argument_group("what to export")

@@ -93,7 +93,7 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
     training = start_training(args, model, train_images.num_classes, device)
     piad = None
     if args.stage == "piad":
-        table = MaskTable.from_json(state["mask_table"]) if state else None
+        table = MaskTable.from_json(state.get("mask_table")) if state else None
         piad = REGIMES[args.regime](
             model, proxy, ratio=args.dropout_ratio, epochs=args.progressive_epochs, seed=args.seed, table=table
         )

@@ -65,7 +65,7 @@ class Training:
         with of_another_run():
             unwrap_model(self.model).load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.skipped_steps = int(state["skipped_steps"])
+            self.skipped_steps = _count("skipped_steps", state)
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["model_ema"])
             if self.scaler is not None:
@@ -79,6 +79,13 @@ def of_another_run() -> Iterator[None]:
         yield
     except Exception as error:  # torch raises many types
         raise UserError(f"the checkpoint is of another run: {type(error).__name__} {shown(error)}") from error
+
+
+def _count(name: str, state: dict[str, Any]) -> int:
+    """A number of things that a run can have had. Raises ValueError for anything else."""
+    if type(state[name]) is not int or not 0 <= state[name] < 10**9:
+        raise ValueError(f"{name} is {shown(state[name])}")
+    return state[name]
 
 
 @dataclass
@@ -101,8 +108,12 @@ class Progress:
         """The inverse of state_dict(). Raises UserError for values that no run has."""
         rank, ranks = world()
         with of_another_run():
-            progress = cls(**{f.name: state[f.name] for f in fields(cls) if f.name != "losses"})
-            if progress.step and len(state["losses"]) == ranks:
-                total, images = state["losses"][rank]
+            progress = cls(_count("epoch", state), _count("step", state), best_top1=float(state["best_top1"]))
+            progress.best_epoch = None if state["best_epoch"] is None else _count("best_epoch", state)
+            losses = torch.tensor(state["losses"], dtype=torch.float64).view(-1, 2).tolist()
+            if progress.step and len(losses) == ranks:
+                total, images = losses[rank]
+                if not images > 0:
+                    raise ValueError(f"losses of {images} images at step {progress.step}")
                 progress.losses.sum, progress.losses.count, progress.losses.avg = total, images, total / images
         return progress

@@ -30,7 +30,7 @@ from timm.models.vision_transformer import VisionTransformer
 import main as program
 import reparam
 import supernet
-from arguments import decimal, open_network
+from arguments import Parser, decimal, open_network
 from benchmarks.common import describe_machine
 from datasets import eval_loader, open_splits, proxy_set
 from engine import evaluate
@@ -259,7 +259,7 @@ def _cell(values: list[float]) -> str:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--lr",
         type=decimal,

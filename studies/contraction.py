@@ -27,7 +27,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from arguments import positive
+from arguments import Parser, positive
 from arguments import share as share_type
 from datasets import proxy_set
 from models.backbone import full_widths, modules_of
@@ -281,7 +281,7 @@ def _rows(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = add_study_arguments(parser)
     group.add_argument(
         "--part", choices=("methods", "proxies", "apart"), default="methods", help="see above (default: %(default)s)"

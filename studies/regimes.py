@@ -26,7 +26,7 @@ from unittest import mock
 import main as program
 import reparam
 import supernet
-from arguments import open_network
+from arguments import Parser, open_network
 from benchmarks.common import describe_machine
 from datasets import eval_loader, open_splits
 from engine import evaluate
@@ -193,7 +193,7 @@ def _cell(values: list[float]) -> str:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("regimes", "choices")
     parser.add_argument(
         "--parts", nargs="+", choices=parts, default=parts, metavar="NAME", help="what to run (default: both)"

@@ -25,7 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 import main as program
 import reparam
 import supernet
-from arguments import positive
+from arguments import Parser, positive
 from benchmarks.common import describe_machine
 from datasets import eval_loader, open_images
 from engine import evaluate
@@ -102,7 +102,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="pre-trained weights of the demo")
     parser.add_argument("--epochs", type=positive, default=60, help="epochs of each run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs (default: 0 1 2)")

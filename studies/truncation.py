@@ -20,6 +20,7 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
+from arguments import Parser
 from models.backbone import full_widths
 from models.extraction import extract
 from studies.common import CutStudy, add_study_arguments, zero_dims
@@ -152,7 +153,7 @@ def _cell(rows: list[dict[str, Any]]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = add_study_arguments(parser)
     group.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help="(default: all)")
     group.add_argument("--settings", nargs="+", metavar="NAME", help="labels of the settings to measure (default: all)")

@@ -91,12 +91,12 @@ def select(network: Network, budget: dict[str, float], convention: str, latencie
         "min_throughput": lambda value: f"at least {format_amount(value)} images/s",
     }
     where = f", for {latencies.where}" if timed else ""
-    say(f"asked: {' and '.join(asked[name](value) for name, value in limits.items())}{where}")
+    say(f"requested: {' and '.join(asked[name](value) for name, value in limits.items())}{where}")
     for name, code in (("found", found), ("next larger", found - 1), ("next smaller", found + 1)):
         if 0 <= code < len(network.table):
             sizes: dict[str, float] = network.sizes(code, convention)
             sizes |= {"latency": latencies.of(code)} if timed else {}
             say(f"  {name}: op code {code}, {format_sizes(sizes)}")
         else:
-            say(f"  {name}: none, op code {found} is the {'whole network' if code < 0 else 'smallest'}")
+            say(f"  {name}: none (op code {found} is the {'whole network' if code < 0 else 'smallest'})")
     return found

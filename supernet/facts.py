@@ -38,7 +38,7 @@ def read_facts(weights: Path, state: dict[str, Any]) -> tuple[dict[str, Any], Pa
         facts = read_json(source) if source.is_file() else None
     # A config.json with widths is a sub-network's; other projects write files of that name, too.
     if not isinstance(facts, dict) or not (isinstance(facts.get("model"), str) or "widths" in facts):
-        return {}, source
+        return {}, source if source.is_file() else weights
     needed = ("model", "model_kwargs", "preprocessing") if "widths" in facts else ("model_kwargs",)
     for key, kind in {"model": str, "model_kwargs": dict, "widths": dict, "preprocessing": dict}.items():
         if (key in needed or key in facts) and not isinstance(facts.get(key), kind):

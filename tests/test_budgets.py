@@ -243,7 +243,7 @@ def test_the_answer_says_what_was_asked_and_found_and_what_lies_beside_it(road: 
     rows = evaluate(road, tmp_path, "--macs", "100K", "--params", "20K", "--memory", "1MB")
     assert len(rows) == 1 and rows[0]["macs_linear"] <= 100e3 and rows[0]["params"] <= 20e3
     code, lines = rows[0]["op_code"], capsys.readouterr().out.splitlines()
-    assert lines[0] == "asked: at most 100K MACs (linear) and at most 20K parameters and at most 1 MB of weights"
+    assert lines[0] == "requested: at most 100K MACs (linear) and at most 20K parameters and at most 1 MB of weights"
     model, table = tiny_digits_model(), MaskTable.load(road.mask_table)
     for line, (name, near) in zip(
         lines[1:], (("found", code), ("next larger", code - 1), ("next smaller", code + 1)), strict=False
@@ -262,8 +262,8 @@ def test_sizes_by_latency(road: Road, tmp_path: Path, capsys, monkeypatch: pytes
     (row,) = evaluate(road, tmp_path / "first", *asked)
     out = capsys.readouterr().out
     assert row["op_code"] == 0
-    assert "asked: at most 1e+03 s and at least 0.01 images/s, for 256 images on " in out
-    assert "next larger: none, op code 0 is the whole network" in out and " ms\n" in out
+    assert "requested: at most 1e+03 s and at least 0.01 images/s, for 256 images on " in out
+    assert "next larger: none (op code 0 is the whole network)" in out and " ms\n" in out
     (entry,) = json.loads((tmp_path / LATENCY).read_text())
     assert (entry["batch_size"], entry["dtype"]) == (256, "float32") and entry["seconds"].keys() >= {"0", "1"}
     monkeypatch.setattr(latency, "measure_latency", lambda *_: pytest.fail("measured twice"))

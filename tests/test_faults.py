@@ -216,7 +216,7 @@ def test_an_error_on_all_ranks_is_reported_once(reference: Reference, tmp_path: 
 
 def assert_rank_0_ends_too(ended: EndedRun) -> None:
     """Rank 0 either reports why it stops, or is terminated before it can."""
-    line = "main.py: error: rank 0 stops because another rank is gone; its own message says why\n"
+    line = "main.py: error: rank 0 stops because another rank has ended, whose message says why\n"
     # SIGTERM may also come between the message and the end of its line.
     assert (ended.codes[0], ended.errors[0].rstrip()) in [
         (2, line.rstrip()),
