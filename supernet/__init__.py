@@ -6,7 +6,7 @@ The example of the README, on the digits that `sh run_demo.sh` trains:
 >>> import supernet
 >>> net = supernet.load("output/demo/peelable/digits", use_ema=True)  # or a checkpoint, or a sub-network's folder
 >>> code = net.select(max_macs=200e3, max_memory=60e3)  # the largest size within both; memory in bytes
->>> small = net.cut(code)                               # plain timm modules
+>>> small = net.cut(code)  # plain timm modules
 >>> logits = small(net.read(Image.open("digit.png"))[None])
 >>> print(net.macs(code) <= 200e3, logits.shape)
 True torch.Size([1, 10])

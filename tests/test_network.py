@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -182,8 +183,10 @@ def test_packages_import_in_any_order(first: str):
     assert done.returncode == 0, done.stderr
 
 
-def test_public_names_say_what_they_give_and_raise():
+def test_public_names_say_what_they_raise():
     table = piad.MaskTable
-    for public in (supernet.load, models.extract, supernet.Network.select, table.load, table.widths, table.check):
-        assert "Raises UserError" in public.__doc__
-    assert "Raises ValueError" in models.count_macs.__doc__ and "Raises KeyError" in wpac.contract.__doc__
+    raised = {public: "UserError" for public in (supernet.load, models.extract, supernet.Network.select, table.load)}
+    raised |= {table.widths: "UserError", table.check: "UserError"}
+    raised |= {models.count_macs: "ValueError", wpac.contract: "KeyError"}
+    for public, error in raised.items():
+        assert re.search(rf"\bRaises\b.*\b{error}\b", public.__doc__, re.DOTALL), public
