@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,12 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 
 positive, count = number(int, 1), number(int, 0)
 share, decimal = number(float, 0, 1), number(float, 0)
+
+
+def default_workers() -> int:
+    """Cores per process of this machine, from 1 to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,9 +157,10 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--workers",
         type=count,
-        default=4,
+        default=default_workers(),
         metavar="N",
-        help="data loading processes per process; 0 loads in the process itself (default: %(default)s)",
+        help="data loading processes per process; 0 loads in the process itself (default: as many as there are cores, "
+        "up to 8: %(default)s here)",
     )
     add_preprocessing(group)
 

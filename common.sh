@@ -1,7 +1,6 @@
 # shellcheck shell=sh
-# Sourced by the run_*.sh scripts: the variables they share, the Python environment, and how a program is launched.
-
-cd "$(dirname "$0")" || exit 1
+# Sourced by the run_*.sh scripts, which set `here`, the folder of the scripts: the variables they share, the Python
+# environment, and how a program is launched. Relative paths are those of the folder that a script is started in.
 
 DATA_SET=${DATA_SET:-digits}  # digits (embedded), imagenet, cifar10, cifar100, folder, or a name of timm's
 DATA_PATH=${DATA_PATH:-}      # the folder that holds train/ and val/; not needed for digits
@@ -16,6 +15,8 @@ MODEL=${MODEL:-}                 # any timm ViT or Swin; vit_tiny, vit_small, vi
 MODEL_KWARGS=${MODEL_KWARGS:-}   # arguments of timm's model, such as "img_size=98 patch_size=14"
 PREPROCESSING=${PREPROCESSING:-} # such as "--crop-pct 1 --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"
 EXTRA=${EXTRA:-}                 # further flags for the program, as they are
+PYTHON=${PYTHON:-}               # a Python that has what requirements.txt names, such as "python" in a container
+WORKERS=${WORKERS:-}             # data loading processes per process; by default as many as there are cores, up to 8
 
 if [ "$DATA_SET" = digits ]; then
     NAME=${NAME:-digits}
@@ -28,46 +29,66 @@ if [ "$DATA_SET" = digits ]; then
 else
     NAME=${NAME:-${MODEL:-vit_small}}
     BATCH_SIZE=${BATCH_SIZE:-128} # images per process and step
-    WORKERS=${WORKERS:-8}
     EVAL_EVERY=${EVAL_EVERY:-1}   # epochs
     AUGMENTATION=${AUGMENTATION:-} # DeiT's is the default of the programs
 fi
 
-# Makes the virtual environment (unless one is active) and installs the named requirements file, once.
+# prepare FILE: makes the virtual environment (unless one is active, or PYTHON is set) and installs FILE into it, once.
 prepare() {
     requirements=$1
-    environment=${VIRTUAL_ENV:-.venv}
+    [ -z "$PYTHON" ] || return 0
+    environment=${VIRTUAL_ENV:-$here/.venv}
     PYTHON=$environment/bin/python
-    if [ ! -x "$PYTHON" ]; then
-        python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed" >&2; exit 2; }
-        python3 -m venv "$environment" || exit 2
-    fi
     stamp=$environment/installed-$requirements
-    if ! cat requirements*.txt | cmp -s - "$stamp"; then
-        echo "installing $requirements into $environment"
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || exit 2
-        cat requirements*.txt > "$stamp"
+    if cat "$here"/requirements*.txt | cmp -s - "$stamp"; then return 0; fi
+    if [ -z "${VIRTUAL_ENV:-}" ] && ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed" >&2; exit 2; }
+        rm -rf "$environment" # what an attempt that was cut short has left
+        python3 -m venv "$environment" || { rm -rf "$environment"; exit 2; }
     fi
+    echo "installing $requirements into $environment"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$here/$requirements" || exit 2
+    cat "$here"/requirements*.txt > "$stamp"
 }
 
-# launch PROGRAM ARGUMENTS...: runs the program with the shared flags, under torchrun if there are several processes.
-launch() {
-    program=$1
+# run_script NAME VARIABLE=VALUE...: runs another script of this folder. A signal that asks to stop is passed on to it, and
+# ends this script when the other has ended.
+run_script() {
+    script=$1
     shift
-    set -- "$program" "$@" --data-set "$DATA_SET" --batch-size "$BATCH_SIZE" --workers "$WORKERS" \
+    stopped=
+    env "$@" sh "$here/$script" &
+    child=$!
+    trap 'stopped=yes; kill -TERM "$child" 2>/dev/null' TERM INT USR1 HUP
+    status=0
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do
+        status=0
+        wait "$child" || status=$?
+    done
+    trap - TERM INT USR1 HUP
+    if [ -n "$stopped" ] || [ "$status" -ne 0 ]; then exit "$status"; fi
+}
+
+# launch PROGRAM ARGUMENTS...: ends the script as the program with the shared flags, under torchrun where there are several
+# processes. Signals reach the program, since it takes the place of the shell.
+launch() {
+    program=$here/$1
+    shift
+    set -- "$program" "$@" --data-set "$DATA_SET" --batch-size "$BATCH_SIZE" \
         --proxy-samples "$PROXY_SAMPLES" --device "$DEVICE" --seed "$SEED"
+    [ -z "$WORKERS" ] || set -- "$@" --workers "$WORKERS"
     [ -z "$DATA_PATH" ] || set -- "$@" --data-path "$DATA_PATH"
     [ -z "$MODEL" ] || set -- "$@" --model "$MODEL"
     # shellcheck disable=SC2086 # these hold several words each
     set -- "$@" $PREPROCESSING ${MODEL_KWARGS:+--model-kwargs $MODEL_KWARGS} $EXTRA
     if [ "$NODES" -gt 1 ]; then
-        "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --node_rank "$NODE_RANK" --nproc_per_node "$GPUS" \
+        exec "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --node_rank "$NODE_RANK" --nproc_per_node "$GPUS" \
             --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" "$@"
     elif [ "$GPUS" -gt 1 ]; then
-        "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS" "$@"
-    else
-        "$PYTHON" "$@"
+        exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS" "$@"
     fi
+    exec "$PYTHON" "$@"
 }
 
 # has_checkpoint FOLDER: whether a training stage has saved one there.

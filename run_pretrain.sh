@@ -8,7 +8,10 @@
 # The ImageNet setting is DeiT's (300 epochs, global batch 1,024); DeiT reports 72.2 / 79.9 / 81.8 % for Ti / S / B.
 # Its hours on 8 GPUs were not measured here.
 set -eu
-. ./common.sh
+here=$(dirname "$0")
+[ -f "$here/common.sh" ] || here=. # sbatch runs a copy of this script from a folder of its own
+[ -f "$here/common.sh" ] || { echo "start the script in the folder that holds common.sh" >&2; exit 2; }
+. "$here/common.sh"
 if [ "$DATA_SET" = digits ]; then
     # A small ViT of timm's, 17 tokens.
     MODEL=${MODEL:-vit_tiny_patch16_224}

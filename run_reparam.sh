@@ -12,14 +12,17 @@
 # the report; EXTRA=--no-eval skips them.) CHECKPOINT: weights to start from; without them, timm's are downloaded.
 # The paper, DeiT-B with 3/4, 2/4, 1/4 of the attention dims, no training: 81.2, 76.9, 41.8 % of 81.8 % (paper's figures).
 set -eu
-. ./common.sh
+here=$(dirname "$0")
+[ -f "$here/common.sh" ] || here=. # sbatch runs a copy of this script from a folder of its own
+[ -f "$here/common.sh" ] || { echo "start the script in the folder that holds common.sh" >&2; exit 2; }
+. "$here/common.sh"
 METHOD=${METHOD:-paper}
 FOLDER=${FOLDER:-$OUTPUT/reparamed/$NAME}
 DROPOUT_RATIO=${DROPOUT_RATIO:-0.92} # share of the MACs that the mask table of METHOD=best can drop
 CHECKPOINT=${CHECKPOINT:-}
 if [ -z "$CHECKPOINT" ]; then
     pretrained=$OUTPUT/pretrained/$NAME
-    has_checkpoint "$pretrained" || [ "$DATA_SET" != digits ] || sh run_pretrain.sh
+    has_checkpoint "$pretrained" || [ "$DATA_SET" != digits ] || run_script run_pretrain.sh
     if has_checkpoint "$pretrained"; then CHECKPOINT=$pretrained; fi
 fi
 

@@ -8,7 +8,10 @@
 # OUTPUT/peelable/NAME/ and evaluated: SIZES="--op-code 150". Their figures: DeiT-B at 8.44 G MACs 80.4 %, at 5.63 G 77.0 %
 # without fine-tuning; DeiT-B at 8.47 G 81.24 % with it.
 set -eu
-. ./common.sh
+here=$(dirname "$0")
+[ -f "$here/common.sh" ] || here=. # sbatch runs a copy of this script from a folder of its own
+[ -f "$here/common.sh" ] || { echo "start the script in the folder that holds common.sh" >&2; exit 2; }
+. "$here/common.sh"
 SIZES=${SIZES:---frontier 12}
 REPORT=${REPORT:-$OUTPUT/tested/$NAME}
 if [ "$DATA_SET" = digits ]; then
@@ -22,7 +25,7 @@ CHECKPOINT=${CHECKPOINT:-}
 if [ -z "$CHECKPOINT" ]; then
     CHECKPOINT=$OUTPUT/peelable/$NAME
     has_checkpoint "$CHECKPOINT" || [ "$DATA_SET" = digits ] || { echo "no checkpoint in $CHECKPOINT: run run_train.sh first" >&2; exit 2; }
-    has_checkpoint "$CHECKPOINT" || sh run_train.sh
+    has_checkpoint "$CHECKPOINT" || run_script run_train.sh
 fi
 
 prepare requirements.txt

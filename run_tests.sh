@@ -1,6 +1,10 @@
 #!/bin/sh
 # Installs what the tests need and runs the whole suite; arguments go to pytest.
 set -eu
-. ./common.sh
+here=$(dirname "$0")
+[ -f "$here/common.sh" ] || here=. # sbatch runs a copy of this script from a folder of its own
+[ -f "$here/common.sh" ] || { echo "start the script in the folder that holds common.sh" >&2; exit 2; }
+. "$here/common.sh"
 prepare requirements-test.txt
-"$PYTHON" -m pytest "$@"
+cd "$here" || exit 2
+exec "$PYTHON" -m pytest "$@"

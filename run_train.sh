@@ -8,7 +8,10 @@
 # r = 0.875, DeiT's augmentation and optimizer, no warm-up. Hours on 8 GPUs were not measured here.
 # The paper, DeiT-S at 4:12 / 8:12 of its MACs, no fine-tuning: 70.6 / 78.2 % (paper's figures).
 set -eu
-. ./common.sh
+here=$(dirname "$0")
+[ -f "$here/common.sh" ] || here=. # sbatch runs a copy of this script from a folder of its own
+[ -f "$here/common.sh" ] || { echo "start the script in the folder that holds common.sh" >&2; exit 2; }
+. "$here/common.sh"
 if [ "$DATA_SET" = digits ]; then
     EPOCHS=${EPOCHS:-100} PROGRESSIVE_EPOCHS=${PROGRESSIVE_EPOCHS:-50} LR=${LR:-1.6e-2} EMA_DECAY=${EMA_DECAY:-0.99}
     DROPOUT_RATIO=${DROPOUT_RATIO:-0.94}
@@ -21,7 +24,7 @@ else
     DROPOUT_RATIO=${DROPOUT_RATIO:-0.875}
 fi
 CHECKPOINT=${CHECKPOINT:-$OUTPUT/reparamed/$NAME/contracted.safetensors}
-[ -f "$CHECKPOINT" ] || [ "$DATA_SET" != digits ] || sh run_reparam.sh
+[ -f "$CHECKPOINT" ] || [ "$DATA_SET" != digits ] || run_script run_reparam.sh
 
 prepare requirements.txt
 # shellcheck disable=SC2086

@@ -7,7 +7,10 @@
 # ImageNet: 30 epochs at 5e-5 to 1e-6, drop path 0.1. Hours were not measured here.
 # The authors' figure for a fine-tuned sub-network of DeiT-B: 81.24 % at 8.47 G MACs (80.4 % at 8.44 G without fine-tuning).
 set -eu
-. ./common.sh
+here=$(dirname "$0")
+[ -f "$here/common.sh" ] || here=. # sbatch runs a copy of this script from a folder of its own
+[ -f "$here/common.sh" ] || { echo "start the script in the folder that holds common.sh" >&2; exit 2; }
+. "$here/common.sh"
 SIZE=${SIZE:---macs-ratio 0.25}
 if [ "$DATA_SET" = digits ]; then
     EPOCHS=${EPOCHS:-15} LR=${LR:-2e-3} DROP_PATH=${DROP_PATH:-0} WEIGHTS=${WEIGHTS---eval-ema}
@@ -18,7 +21,7 @@ CHECKPOINT=${CHECKPOINT:-}
 if [ -z "$CHECKPOINT" ]; then
     CHECKPOINT=$OUTPUT/peelable/$NAME
     has_checkpoint "$CHECKPOINT" || [ "$DATA_SET" = digits ] || { echo "no checkpoint in $CHECKPOINT: run run_train.sh first" >&2; exit 2; }
-    has_checkpoint "$CHECKPOINT" || sh run_train.sh
+    has_checkpoint "$CHECKPOINT" || run_script run_train.sh
 fi
 FOLDER=${FOLDER:-$OUTPUT/peeled/$NAME/$(echo "$SIZE" | tr -d ' -' )}
 
