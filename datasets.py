@@ -16,7 +16,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from utils import UserError, first_line, mixed_seed, seed_everything, world
+from utils import UserError, first_line, ignore_stop_signals, mixed_seed, seed_everything, world
 
 FOLDER_NAMES = (
     "folder",
@@ -264,9 +264,11 @@ def eval_loader(images: Images, config: dict[str, Any], *, batch_size: int, work
 def _loader(images: Images, config: dict[str, Any], batch_size: int, workers: int, **kwargs: Any) -> DataLoader:
     images.mode = "L" if config["input_size"][0] == 1 else "RGB"
     try:
-        return _create_loader(images, config, batch_size, workers, **kwargs)
+        loader = _create_loader(images, config, batch_size, workers, **kwargs)
     except (AssertionError, KeyError, TypeError, ValueError) as error:  # what timm's transforms raise for bad settings
         raise UserError(f"timm cannot make the transforms: {type(error).__name__} {first_line(error)}") from error
+    loader.worker_init_fn = ignore_stop_signals  # images are seeded one by one, not by worker
+    return loader
 
 
 def _create_loader(images: Images, config: dict[str, Any], batch_size: int, workers: int, **kwargs: Any) -> DataLoader:

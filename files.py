@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import mmap
 import os
 import pickle
+import platform
 import re
 import tempfile
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +25,7 @@ from safetensors.torch import load_file
 
 from utils import UserError, first_line, is_main_process, say
 
+LOCK = ".lock"  # in an output folder: held by the run that writes there
 MAX_JSON_BYTES = 4 * 2**20  # the table of a ViT-g with all its op codes takes about 1.5 MiB
 
 
@@ -97,6 +101,41 @@ def check_output_dir(folder: Path, flag: str = "--output-dir") -> None:
         raise UserError(f"{flag} {folder}: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {folder}: no permission to write to {existing}")
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Holds the output folder for this run, on the main process; the lock ends with the process, however it ends.
+
+    Raises UserError, naming the other run, where one holds the folder already.
+    """
+    if not is_main_process():
+        yield
+        return
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+        while True:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by this process, not by its data loading processes
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break
+            file = path.open("a+")  # the run before has removed the file that was opened first
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(
+            f"{folder} is in use by another run ({file.read().strip()}): wait for it, or stop it"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import init_distributed_device
 from tqdm import tqdm
 
 
@@ -28,7 +27,7 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """The run was asked to stop (SIGTERM or SIGUSR1)."""
+    """The run was asked to stop (SIGTERM, SIGUSR1 or Ctrl-C)."""
 
 
 # Errors of the file system that the user can correct, wherever they are raised.
@@ -43,6 +42,9 @@ def run_program(main: Callable[[], None]) -> None:
         main()
     except Preempted as stop:
         say(f"{program}: {stop}")
+    except KeyboardInterrupt:
+        print(f"{program}: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: data loading processes end with their parent
     except (UserError, OSError, RuntimeError) as error:
         line = _line_of(error)
         if line is None:
@@ -84,14 +86,29 @@ def _rank_0_reports() -> bool:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """A context in which SIGTERM and SIGUSR1 (sent by Slurm) only ask the run to stop, see stop_if_asked()."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.signal(number, lambda n, _frame: _stop_asked.append(signal.Signals(n).name)) for number in numbers]
+    """A context in which SIGTERM, SIGUSR1 (sent by Slurm) and Ctrl-C only ask the run to stop, see stop_if_asked().
+
+    A second Ctrl-C stops at once.
+    """
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def ask(number: int, _frame: object) -> None:
+        if number == signal.SIGINT and "SIGINT" in _stop_asked:
+            raise KeyboardInterrupt
+        _stop_asked.append(signal.Signals(number).name)
+
+    before = [signal.signal(number, ask) for number in numbers]
     try:
         yield
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def ignore_stop_signals(_worker: int = 0) -> None:
+    """For data loading processes: a signal to the whole process group is for the run, which ends them itself."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def stop_if_asked(collective: bool = False) -> None:
@@ -131,9 +148,10 @@ def first_line(error: BaseException) -> str:
 
 
 def init_processes(args: argparse.Namespace) -> torch.device:
-    """Sets args.rank, args.world_size and args.distributed; returns this process's device.
+    """Sets args.rank, args.local_rank, args.world_size and args.distributed; returns this process's device.
 
-    `--device auto` is CUDA where there is one. Under torchrun each rank takes the CUDA device of its local rank.
+    `--device auto` is CUDA where there is one. A run is distributed when torchrun says so (RANK and WORLD_SIZE), never
+    because of the variables of a scheduler. Each rank takes the CUDA device of its local rank.
     """
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -145,7 +163,17 @@ def init_processes(args: argparse.Namespace) -> torch.device:
         raise UserError(f"--device {args.device}: not a device this project runs on; try cpu, cuda or cuda:1")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: this PyTorch sees no CUDA device; use --device cpu")
-    return init_distributed_device(args)
+    args.rank, args.local_rank, args.world_size = 0, 0, 1
+    args.distributed = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if args.distributed:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        args.rank, args.world_size, args.local_rank = *world(), int(os.environ.get("LOCAL_RANK", "0"))
+        if kind == "cuda":
+            args.device = f"cuda:{args.local_rank}"
+    device = torch.device(args.device)
+    if device.index is not None and kind == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def synchronize(device: torch.device) -> None:
