@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 class Run:
     """A training run: its epochs from `progress` on. Each epoch grows the mask table, trains, evaluates, logs, saves.
 
-    evaluate_epoch() returns values for the log line of the epoch; its "top1" decides which epoch is the best.
+    evaluate_epoch() returns values for the log line of the epoch; the better of its "top1" and, where weights are
+    averaged, "ema_top1" decides which epoch is the best.
     regime: how the sub-network of each step is chosen; None trains the model as it is.
     checkpoint_steps: also save every so many steps, 0 = only at the end of an epoch.
     draw_widths() returns a picture for TensorBoard after each evaluation.
@@ -104,8 +105,11 @@ class Run:
         last_step = (epoch + 1) * steps - 1
         if (epoch + 1) % self.eval_every == 0 or last:
             line |= self.evaluate_epoch()
-            if line["top1"] > progress.best_top1:
-                progress.best_epoch, progress.best_top1 = epoch, line["top1"]
+            sizes = len(self.regime.table) if self.regime else 1
+            # Accuracies of other sizes cannot be compared: while the mask table grows, the newest epoch is the best.
+            top1 = max(line["top1"], line.get("ema_top1", 0.0))
+            if sizes != progress.best_sizes or top1 > progress.best_top1:
+                progress.best_epoch, progress.best_top1, progress.best_sizes = epoch, top1, sizes
             if self.draw_widths:
                 self.log.figure("widths", self.draw_widths, last_step)
         self.log.epoch(line, last_step)
@@ -181,15 +185,15 @@ def train_one_epoch(
                 f"loss is {value} at epoch {epoch}, step {step}, op code {op_code}, learning rate {lr:.3g}: "
                 "training stops, the last checkpoint is kept; try a lower --lr"
             )
-        _update(training, loss)
+        _update(training, loss, epoch * steps + step)
         losses.update(value, len(images))
         bar.set_postfix(loss=f"{losses.avg:.3f}", op_code=op_code, refresh=False)
         if after_step:
             after_step(step, {"loss": value, "op_code": op_code})
 
 
-def _update(training: Training, loss: Tensor) -> None:
-    """Backward, gradient clipping, optimizer step and moving average."""
+def _update(training: Training, loss: Tensor, step: int) -> None:
+    """Backward, gradient clipping, optimizer step and moving average; step: counted from the start of the run."""
     training.optimizer.zero_grad()
     scaler, optimizer = training.scaler, training.optimizer
     (scaler.scale(loss) if scaler else loss).backward()
@@ -205,7 +209,7 @@ def _update(training: Training, loss: Tensor) -> None:
     else:
         optimizer.step()
     if training.ema is not None:
-        training.ema.update(unwrap_model(training.model))
+        training.ema.update(unwrap_model(training.model), step)
 
 
 @torch.inference_mode()

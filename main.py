@@ -13,7 +13,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, unwrap_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from arguments import open_network
 from datasets import TrainLoader, eval_loader, open_splits, proxy_set
 from engine import Run, evaluate
-from files import CheckpointFolder, check_output_dir
+from files import CheckpointFolder, check_output_dir, only_run_in
 from logs import RunLog
 from main_arguments import parse_main_arguments
 from models.backbone import Backbone, full_widths
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 # Flags that do not change what a run computes, and those that the description of the network replaces.
 NOT_SETTINGS = {
     *("output_dir", "resume", "checkpoint_steps", "keep_every", "eval_every", "eval", "frontier", "baseline"),
-    *("device", "workers", "rank", "local_rank", "world_size", "distributed", "data_path"),
+    *("device", "workers", "rank", "local_rank", "world_size", "distributed", "data_path", "checkpoint", "mask_table"),
     *("mean", "std", "interpolation", "crop_pct"),
 }
 # Sizes that PIAD is evaluated at besides the whole network and the smallest, once the table reaches them.
@@ -109,24 +109,26 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
     if state:
         training.load_state_dict(state)
         progress = Progress.from_state(state)
+        check_processes(len(state["losses"]), progress, loader.steps)
     if args.distributed:
         device_ids = [device] if device.type == "cuda" else None
         training.model = DistributedDataParallel(model, device_ids=device_ids)
-    Run(
-        training,
-        loader,
-        files,
-        RunLog(args.output_dir, progress.epoch, progress.epoch * loader.steps + progress.step),
-        scheduler,
-        progress,
-        evaluate_epoch=partial(evaluate_piad if piad else evaluate, piad or model, val, device, training.amp),
-        regime=piad,
-        eval_every=args.eval_every,
-        checkpoint_steps=args.checkpoint_steps,
-        draw_widths=partial(widths_picture, piad) if piad else None,
-    ).fit(args.epochs)
-    if args.stage == "finetune":
-        finish_finetune(args, network, evaluate(model, val, device))
+    with only_run_in(args.output_dir):
+        Run(
+            training,
+            loader,
+            files,
+            RunLog(args.output_dir, progress.epoch, progress.epoch * loader.steps + progress.step),
+            scheduler,
+            progress,
+            evaluate_epoch=partial(evaluate_epoch, training, piad, val),
+            regime=piad,
+            eval_every=args.eval_every,
+            checkpoint_steps=args.checkpoint_steps,
+            draw_widths=partial(widths_picture, piad) if piad else None,
+        ).fit(args.epochs)
+        if args.stage == "finetune":
+            finish_finetune(args, network, training, val)
 
 
 def open_start(args: argparse.Namespace, num_classes: int) -> Network:
@@ -157,6 +159,22 @@ def trained_network(args: argparse.Namespace, whole: Network, num_classes: int) 
     return small
 
 
+def check_processes(before: int, progress: Progress, steps: int) -> None:
+    """Says what another number of processes changes for a run that resumes; raises UserError within an epoch."""
+    _, processes = world()
+    if before == processes:
+        return
+    if progress.step:
+        raise UserError(
+            f"the checkpoint is of step {progress.step} of an epoch of {before} processes, this run has {processes}: "
+            "resume it with as many, or from the end of an epoch"
+        )
+    say(
+        f"resuming with {processes} processes instead of {before}: an epoch has {steps} steps from now on, and the "
+        "learning rate is scaled to the images per step"
+    )
+
+
 def start_training(args: argparse.Namespace, model: Backbone, num_classes: int, device: torch.device) -> Training:
     """Optimizer, loss, Mixup, averaged weights and gradient scaler, as the flags say."""
     _, processes = world()
@@ -165,6 +183,8 @@ def start_training(args: argparse.Namespace, model: Backbone, num_classes: int, 
         optimizer = create_optimizer_v2(model, opt=args.opt, lr=lr, weight_decay=args.weight_decay)
     except (AssertionError, ValueError) as error:
         raise UserError(f"--opt {args.opt}: timm cannot make it: {first_line(error)}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(f"--opt {args.opt} needs second-order gradients, which this loop does not compute")
     mixup = None
     loss_fn: nn.Module = LabelSmoothingCrossEntropy(args.smoothing)
     if args.mixup > 0 or args.cutmix > 0:
@@ -185,7 +205,7 @@ def start_training(args: argparse.Namespace, model: Backbone, num_classes: int, 
         args.seed,
         amp=args.amp,
         scaler=torch.amp.GradScaler(device.type) if args.amp == torch.float16 else None,
-        ema=ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay else None,
+        ema=ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None,
         mixup=mixup,
         clip_grad=args.clip_grad,
     )
@@ -219,10 +239,20 @@ def augmentation(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def evaluate_epoch(training: Training, piad: ProgressiveDropout | None, val: DataLoader) -> dict[str, float]:
+    """The accuracy after an epoch, and under names with ema_ that of the averaged weights, where there are any."""
+    evaluate_model = partial(evaluate_piad, piad) if piad else evaluate
+    line = evaluate_model(unwrap_model(training.model), val, training.device, training.amp)
+    if training.ema is not None:
+        averaged = evaluate_model(training.ema.module, val, training.device, training.amp)
+        line |= {f"ema_{key}": value for key, value in averaged.items()}
+    return line
+
+
 def evaluate_piad(
-    piad: ProgressiveDropout, val: DataLoader, device: torch.device, amp: torch.dtype | None
+    piad: ProgressiveDropout, model: Backbone, val: DataLoader, device: torch.device, amp: torch.dtype | None
 ) -> dict[str, float]:
-    """The accuracy after an epoch: of the whole super-network, of half and a quarter of its MACs, and of the smallest.
+    """The accuracy of a super-network in training: whole, at half and a quarter of its MACs, and of the smallest.
 
     top1 is the mean of the whole and the smallest.
     """
@@ -232,8 +262,8 @@ def evaluate_piad(
         if piad.macs_share(-1) <= share:  # the table reaches so far by now
             sizes[name] = largest_within(piad.model, piad.table, {"macs": share * piad.network_macs})
     for name, op_code in sizes.items():
-        set_widths(piad.model, piad.table.widths(op_code))
-        results = evaluate(piad.model, val, device, amp)
+        set_widths(model, piad.table.widths(op_code))
+        results = evaluate(model, val, device, amp)
         line |= {f"{key}_{name}": value for key, value in results.items()}
     return line | {"top1": (line["top1_full"] + line["top1_smallest"]) / 2}
 
@@ -245,14 +275,21 @@ def widths_picture(piad: ProgressiveDropout) -> Figure:
     return draw_widths(piad.table.rows, piad.table.widths(0), list(map(str, range(len(piad.table)))), "op code")
 
 
-def finish_finetune(args: argparse.Namespace, network: Network, accuracy: dict[str, float]) -> None:
-    """Writes the trained sub-network as a folder."""
+def finish_finetune(args: argparse.Namespace, network: Network, training: Training, val: DataLoader) -> None:
+    """Writes the trained sub-network as a folder: of the raw and the averaged weights those with the higher top-1."""
+    small, kind = network.model, "raw"
+    accuracy = evaluate(small, val, training.device)
+    if training.ema is not None:
+        averaged = evaluate(training.ema.module, val, training.device)
+        say(f"top-1 of the raw weights {accuracy['top1']:.2f} %, of the averaged weights {averaged['top1']:.2f} %")
+        if averaged["top1"] > accuracy["top1"]:
+            small, kind, accuracy, network.averaged = training.ema.module, "averaged", averaged, True
     if not is_main_process():
         return
     facts = {"grade": f"{network.grade}, then fine-tuned", "accuracy": accuracy, "data_set": args.data_set}
-    saved = network.save(args.output_dir, network.model, **facts)
+    saved = network.save(args.output_dir, small, **facts)
     say(
-        f"written: {args.output_dir}/model.safetensors, config.json and model.py: "
+        f"written ({kind} weights): {args.output_dir}/model.safetensors, config.json and model.py: "
         f"{format_amount(saved['macs']['linear'])} MACs, {format_amount(saved['params'])} parameters, "
         f"top-1 {accuracy['top1']:.2f} %"
     )

@@ -63,6 +63,12 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of state_dict(). Raises UserError for the state of another run."""
         with of_another_run():
+            groups = [
+                [group["params"] for group in s["param_groups"]]
+                for s in (state["optimizer"], self.optimizer.state_dict())
+            ]
+            if groups[0] != groups[1]:  # torch compares their lengths alone
+                raise ValueError("its optimizer has other parameters")
             unwrap_model(self.model).load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.skipped_steps = _count("skipped_steps", state)
@@ -97,6 +103,7 @@ class Progress:
     losses: AverageMeter = field(default_factory=AverageMeter)
     best_epoch: int | None = None
     best_top1: float = -1.0
+    best_sizes: int = 0  # how many sizes there were at the best epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, with the losses of every rank (a collective call)."""
@@ -109,6 +116,7 @@ class Progress:
         rank, ranks = world()
         with of_another_run():
             progress = cls(_count("epoch", state), _count("step", state), best_top1=float(state["best_top1"]))
+            progress.best_sizes = _count("best_sizes", state)
             progress.best_epoch = None if state["best_epoch"] is None else _count("best_epoch", state)
             losses = torch.tensor(state["losses"], dtype=torch.float64).view(-1, 2).tolist()
             if progress.step and len(losses) == ranks:
