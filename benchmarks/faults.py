@@ -1,22 +1,27 @@
-"""Kills runs, single processes of runs, or fills their disk, at random times, and checks that nothing is lost.
+"""Kills and stops runs, or fills their disk, at random times, and checks that nothing is lost.
 
-    python -m benchmarks.faults                  60 faults, about five minutes on two cores
-    python -m benchmarks.faults --faults 4       fewer faults
+    python -m benchmarks.faults                  80 faults, about ten minutes on two cores
+    python -m benchmarks.faults --faults 9       fewer faults
     python -m benchmarks.faults --seconds 60     no new fault after a minute
 
 Each fault happens to its own run: PIAD on digits for three epochs, with all random augmentations. The run is then
 resumed with the same command, some runs after a second fault. Its weights, averaged weights, optimizer state, mask
 table, log, and TensorBoard scalars and pictures (except speed and memory) are compared bit for bit with those of a
-reference run without faults. The exit code is 1 if a run did not survive, differs, or lost a byte. The full disk is a
-mounted tmpfs; without the permission to mount one, it is a limit on the file size.
+reference run without faults. Runs are stopped by a SIGTERM to their process group, to torchrun, or to a script that
+runs them, with two data loading processes each; they have to save. The exit code is 1 if a run did not survive,
+differs, or lost a byte. The full disk is a mounted tmpfs; without the permission to mount one, it is a limit on the
+file size.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -145,6 +150,66 @@ class FaultBenchmark:
         else:
             row.error = f"exit code {ended.code}, {ended.error}"
 
+    def stop_group(self, row: Row, folder: Path) -> None:
+        """Sends SIGTERM to the process group of a run."""
+        self._stop(row, folder, [sys.executable, "main.py"], code=0, group=True)
+
+    def stop_torchrun(self, row: Row, folder: Path) -> None:
+        """Sends SIGTERM to torchrun, which passes it on to its processes and then ends with exit code 1."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(row.processes), "main.py"]
+        self._stop(row, folder, [sys.executable, *launcher], code=1)
+
+    def stop_script(self, row: Row, folder: Path) -> None:
+        """Sends SIGTERM to a script that runs another script, as run_reparam.sh runs run_pretrain.sh."""
+        scripts = folder.with_suffix(".scripts")
+        scripts.mkdir()
+        shutil.copy(ROOT / "common.sh", scripts)
+        arguments = self._arguments(row, folder)
+        command = shlex.join([sys.executable, "main.py", *arguments])
+        (scripts / "inner.sh").write_text(f"cd {shlex.quote(str(ROOT))}\nexec {command}\n")
+        (scripts / "outer.sh").write_text('here=$(dirname "$0")\n. "$here/common.sh"\nrun_script inner.sh\n')
+        self._stop(row, folder, ["sh", str(scripts / "outer.sh")], code=0, arguments=[])
+        shutil.rmtree(scripts)
+
+    def _arguments(self, row: Row, folder: Path) -> list[str]:
+        reference = self.reference[row.processes]
+        return [*reference.arguments, "--workers", "2", "--output-dir", str(folder)]
+
+    def _stop(
+        self,
+        row: Row,
+        folder: Path,
+        command: list[str],
+        code: int,
+        group: bool = False,
+        arguments: list[str] | None = None,
+    ) -> None:
+        """Starts a run, sends SIGTERM after a random time, and resumes it. code: its exit code when it was stopped."""
+        arguments = self._arguments(row, folder) if arguments is None else arguments
+        process = subprocess.Popen(
+            [*command, *arguments],
+            cwd=ROOT,
+            env=os.environ | ONE_THREAD,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        while process.poll() is None and not (folder / "tensorboard").exists():
+            time.sleep(0.02)
+        delay = self.random.uniform(0.2, 1.2 * self.reference[row.processes].seconds)
+        time.sleep(delay)
+        if process.poll() is None:
+            row.faults.append(f"SIGTERM {delay:.2f} s after the start")
+            os.killpg(process.pid, signal.SIGTERM) if group else process.terminate()
+        out, error = process.communicate(timeout=120)
+        row.bytes_lost += lost_bytes(folder)
+        if row.faults and (process.returncode != code or "saved; the same command" not in out):
+            row.error = f"exit code {process.returncode}, not saved: {error}"
+            if process.returncode != 0:  # it may have ended by itself in the meantime
+                return
+        self.resume_run(row, folder)
+
     def resume_run(self, row: Row, folder: Path) -> None:
         """Resumes the run without a fault."""
         ended = resume(folder, self.reference[row.processes].arguments, processes=row.processes)
@@ -160,6 +225,9 @@ class FaultBenchmark:
             (self.kill_rank, 2),
             (self.kill, 1),
             (self.restart_rank, 2),
+            (self.stop_group, 1),
+            (self.stop_torchrun, 2),
+            (self.stop_script, 1),
         ]
         inject, processes = kinds[number % len(kinds)]
         row, folder, start = Row(inject.__name__, processes, []), self.folder / str(number), time.monotonic()
@@ -204,7 +272,7 @@ def show(kind: str, numbers: dict[str, int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--faults", type=positive, default=60, metavar="N", help="minimum number of faults (default: 60)"
+        "--faults", type=positive, default=80, metavar="N", help="minimum number of faults (default: 80)"
     )
     parser.add_argument(
         "--seconds", type=positive, metavar="S", help="start no new fault after S seconds (default: no limit)"
