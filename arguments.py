@@ -195,7 +195,7 @@ def add_preprocessing(group: argparse._ArgumentGroup) -> None:
 
 
 def add_data_set(group: argparse._ArgumentGroup, default: str | None) -> None:
-    """--data-set and --data-path."""
+    """--data-set, --data-path and --index."""
     group.add_argument(
         "--data-set",
         default=default,
@@ -204,6 +204,13 @@ def add_data_set(group: argparse._ArgumentGroup, default: str | None) -> None:
         "class), or a name of timm's create_dataset such as torch/cifar10 (default: %(default)s)",
     )
     group.add_argument("--data-path", metavar="DIR", help="folder of the data set; not needed for digits")
+    group.add_argument(
+        "--index",
+        type=Path,
+        metavar="DIR",
+        help="folder where the list of the images is kept, so that a later run need not list a large data set again; "
+        "it is made anew if a folder of the data has changed (default: it is not kept)",
+    )
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.data.distributed_sampler import RepeatAugSampler
-from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from utils import UserError, first_line, ignore_stop_signals, mixed_seed, seed_everything, world
+from image_folders import ImageFolder, image_mode, to_pixels
+from utils import UserError, first_line, ignore_stop_signals, mixed_seed, say, seed_everything, world
 
 FOLDER_NAMES = (
     "folder",
@@ -24,7 +23,8 @@ FOLDER_NAMES = (
     "cifar10",
     "cifar100",
 )  # <path>/train and <path>/val, a folder per class
-SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
+# The names of the folder of a split; the first that exists is used.
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 
 
 class Digits(Dataset):
@@ -79,31 +79,31 @@ class Images(Dataset):
         try:
             image, target = self.source[index]
             image = image if isinstance(image, Image.Image) else Image.open(image)
-            image = image.convert(self.mode)
+            image = to_pixels(image, self.mode)
         except Exception as error:  # PIL and the readers raise many types for missing and damaged files
             raise UserError(f"cannot read image {self._name(index)}: {first_line(error)}") from error
         return (self.transform(image) if self.transform else image), target
 
     def _name(self, index: int) -> str:
-        if hasattr(self.source, "filename"):  # timm's readers
+        if hasattr(self.source, "filename"):  # ImageFolder and timm's readers
             return str(self.source.filename(index, absolute=True))
         samples = getattr(self.source, "samples", None)  # torchvision's folders
         return str(samples[index][0]) if samples else f"number {index} of the data set"
 
 
-def open_images(name: str, path: str | None, split: str) -> Images:
+def open_images(name: str, path: str | None, split: str, index: Path | None = None) -> Images:
     """Opens the "train" or "val" split of a data set.
 
     name: "digits" (embedded), "folder" (ImageNet layout; "imagenet", "cifar10", "cifar100" mean the same), or a
-    name of timm's create_dataset such as "torch/cifar10". Raises UserError for a missing or empty path.
+    name of timm's create_dataset such as "torch/cifar10". index: a folder where listings of folders are kept, so that
+    the next run need not list them. With several processes, all ranks call this: rank 0 lists for all of them.
+    Raises UserError for a missing or empty path.
     """
     if name == "digits":
         return Images(Digits(split), Digits.num_classes)
     if name in FOLDER_NAMES:
-        folder = _split_folder(path, split)
-        _check_class_folders(folder)
-        reader = create_dataset("", root=str(folder), split=split, search_split=False).reader
-        return Images(reader, len(reader.class_to_idx))
+        folder = ImageFolder(_split_folder(path, split), index)
+        return Images(folder, len(folder.class_to_idx))
     if "/" not in name:
         near = difflib.get_close_matches(name, ("digits", *FOLDER_NAMES), n=1)
         raise UserError(
@@ -129,39 +129,25 @@ def _split_folder(path: str | None, split: str) -> Path:
         raise UserError("--data-path is missing: give the folder that holds train/ and val/")
     if not Path(path).is_dir():
         raise UserError(f"--data-path {path} {'is a file, not a folder' if Path(path).exists() else 'does not exist'}")
-    for name in SPLITS[split]:
-        if (Path(path) / name).is_dir():
-            return Path(path) / name
-    raise UserError(f"--data-path {path} has no folder {' or '.join(SPLITS[split])}")
-
-
-def _check_class_folders(folder: Path) -> None:
-    classes = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
-    if not classes:
-        raise UserError(f"{folder} is empty: expected a folder of images for each class")
-    endings = tuple(get_img_extensions())
-    for path in classes:
-        if not any(name.lower().endswith(endings) for _, _, names in os.walk(path) for name in names):
-            raise UserError(f"class folder {path} holds no image")
-
-
-def image_files(folder: Path) -> list[Path]:
-    """All image files below a folder, by their endings, sorted. Raises UserError where there is none."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder of images")
-    endings = tuple(get_img_extensions())
-    found = sorted(path for path in folder.rglob("*") if path.name.lower().endswith(endings) and path.is_file())
+    found = [name for name in SPLITS[split] if (Path(path) / name).is_dir()]
     if not found:
-        raise UserError(f"{folder} holds no image")
-    return found
+        raise UserError(f"--data-path {path} has no folder {' or '.join(SPLITS[split])}")
+    if len(found) > 1:
+        say(f"--data-path {path} has the folders {', '.join(found)}: {found[0]} is used for {split}")
+    return Path(path) / found[0]
 
 
-def open_splits(name: str, path: str | None, with_val: bool = True) -> tuple[Images, Images | None]:
-    """(train, val) of a data set; val is None without with_val. Raises UserError where their classes differ."""
-    train = open_images(name, path, "train")
+def open_splits(
+    name: str, path: str | None, with_val: bool = True, index: Path | None = None
+) -> tuple[Images, Images | None]:
+    """(train, val) of a data set; val is None without with_val. Raises UserError where their classes differ.
+
+    index: see open_images().
+    """
+    train = open_images(name, path, "train", index)
     if not with_val:
         return train, None
-    val = open_images(name, path, "val")
+    val = open_images(name, path, "val", index)
     maps = [getattr(images.source, "class_to_idx", None) for images in (train, val)]
     if maps[0] != maps[1]:
         odd = sorted(maps[0].keys() ^ maps[1].keys())[0]
@@ -262,7 +248,7 @@ def eval_loader(images: Images, config: dict[str, Any], *, batch_size: int, work
 
 
 def _loader(images: Images, config: dict[str, Any], batch_size: int, workers: int, **kwargs: Any) -> DataLoader:
-    images.mode = "L" if config["input_size"][0] == 1 else "RGB"
+    images.mode = image_mode(config["input_size"][0])
     try:
         loader = _create_loader(images, config, batch_size, workers, **kwargs)
     except (AssertionError, KeyError, TypeError, ValueError) as error:  # what timm's transforms raise for bad settings
@@ -289,8 +275,9 @@ def _create_loader(images: Images, config: dict[str, Any], batch_size: int, work
 
 
 def proxy_set(images: Images, samples: int, seed: int) -> Images:
-    """The proxy set: `samples` training images, drawn from the seed. Raises UserError if there are too few."""
+    """The proxy set: `samples` training images, drawn from the seed; all of them, which is said, if there are fewer."""
     if samples > len(images):
-        raise UserError(f"--proxy-samples {samples} is more than the {len(images)} training images")
+        say(f"--proxy-samples {samples} is more than the {len(images)} training images: all of them are used")
+        return images.subset(range(len(images)))
     generator = torch.Generator().manual_seed(mixed_seed(seed))
     return images.subset(torch.randperm(len(images), generator=generator)[:samples].sort().values.tolist())

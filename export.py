@@ -57,7 +57,7 @@ def main() -> None:
     init_processes(args)
     seed_everything(args.seed)
     network = open_network(args)
-    images = open_images(args.data_set, args.data_path, "val") if args.data_set else None
+    images = open_images(args.data_set, args.data_path, "val", args.index) if args.data_set else None
     if "top1" in args.measure:
         fit_head(network.model, images.num_classes, remake=False)
     checks = check_images(network, images)

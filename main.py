@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from arguments import open_network
-from datasets import TrainLoader, eval_loader, open_splits, proxy_set
+from datasets import Images, TrainLoader, eval_loader, open_splits, proxy_set
 from engine import Run, evaluate
 from files import CheckpointFolder, check_output_dir, only_run_in
 from logs import RunLog
@@ -56,7 +56,8 @@ if TYPE_CHECKING:
 # Flags that do not change what a run computes, and those that the description of the network replaces.
 NOT_SETTINGS = {
     *("output_dir", "resume", "checkpoint_steps", "keep_every", "eval_every", "eval", "frontier", "baseline"),
-    *("device", "workers", "rank", "local_rank", "world_size", "distributed", "data_path", "checkpoint", "mask_table"),
+    *("device", "workers", "rank", "local_rank", "world_size", "distributed"),
+    *("data_path", "index", "checkpoint", "mask_table"),
     *("mean", "std", "interpolation", "crop_pct"),
 }
 # Sizes that PIAD is evaluated at besides the whole network and the smallest, once the table reaches them.
@@ -76,11 +77,10 @@ def main() -> None:
 
 def train_command(args: argparse.Namespace, device: torch.device) -> None:
     """Builds what the stage needs and runs its epochs; with --resume it continues from the checkpoint."""
-    train_images, val_images = open_splits(args.data_set, args.data_path)
+    train_images, val_images = open_splits(args.data_set, args.data_path, index=args.index)
     whole = open_start(args, train_images.num_classes)
     config = whole.preprocessing
     loading = {"batch_size": args.batch_size, "workers": args.workers}
-    proxy = Interruptible(eval_loader(proxy_set(train_images, args.proxy_samples, args.seed), config, **loading))
     loader = TrainLoader(train_images, config, augmentation(args), seed=args.seed, repeats=args.repeated_aug, **loading)
     val = Interruptible(eval_loader(val_images, config, **loading))
     network = trained_network(args, whole, train_images.num_classes)
@@ -89,11 +89,12 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
     files = CheckpointFolder(args.output_dir, settings, args.keep_every)
     state = files.to_resume(args.resume)
     if args.refit and args.stage == "finetune" and state is None:
-        refit(whole.model, model, (images for images, _ in proxy))
+        refit(whole.model, model, (images for images, _ in proxy_batches(args, train_images, config)))
     training = start_training(args, model, train_images.num_classes, device)
     piad = None
     if args.stage == "piad":
         table = MaskTable.from_json(state.get("mask_table")) if state else None
+        proxy = proxy_batches(args, train_images, config)
         piad = REGIMES[args.regime](
             model, proxy, ratio=args.dropout_ratio, epochs=args.progressive_epochs, seed=args.seed, table=table
         )
@@ -224,6 +225,12 @@ def settings_of(args: argparse.Namespace, network: Network) -> dict[str, Any]:
     if args.stage == "piad":
         settings["stamp"] = stamp_of_run(network.model.parameters(), settings)
     return settings
+
+
+def proxy_batches(args: argparse.Namespace, images: Images, config: dict[str, Any]) -> Interruptible:
+    """The proxy set in batches (B, C, height, width), for the stages that need one."""
+    proxy = proxy_set(images, args.proxy_samples, args.seed)
+    return Interruptible(eval_loader(proxy, config, batch_size=args.batch_size, workers=args.workers))
 
 
 def augmentation(args: argparse.Namespace) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def main() -> None:
         raise UserError("no weights to contract: give --checkpoint FILE, or --pretrained for timm's weights")
     check_output_dir(args.output_dir)
 
-    images, val = open_splits(args.data_set, args.data_path, with_val=not args.no_eval)
+    images, val = open_splits(args.data_set, args.data_path, with_val=not args.no_eval, index=args.index)
     network = open_network(args, plain_weights=True)
     if network.is_subnetwork:
         raise UserError(f"{args.checkpoint} is a sub-network: contract the whole network")
@@ -44,7 +44,8 @@ def main() -> None:
     if args.cost != "pred":
         fit_head(model, images.num_classes, remake=False)
     loading = {"batch_size": args.batch_size, "workers": args.workers}
-    proxy = eval_loader(proxy_set(images, args.proxy_samples, args.seed), network.preprocessing, **loading)
+    proxy_images = proxy_set(images, args.proxy_samples, args.seed)
+    proxy = eval_loader(proxy_images, network.preprocessing, **loading)
     val_batches = eval_loader(val, network.preprocessing, **loading) if val else None
 
     top1 = {"before": evaluate(model, val_batches, device)["top1"]} if val else {}
@@ -58,7 +59,7 @@ def main() -> None:
         damping=args.damping,
         dropout_ratio=args.dropout_ratio if args.mask_table else None,
     )
-    facts = facts_of(args, contraction)
+    facts = facts_of(args, contraction) | {"proxy_samples": len(proxy_images)}
     report(facts)
     if val:
         facts["top1"] = top1 | truncated_top1(model, val_batches, device)
@@ -115,7 +116,7 @@ def facts_of(args: argparse.Namespace, contraction: Contraction) -> dict:
     """What contracted.json says of how the weights were made, besides the description of the network."""
     facts = {
         "checkpoint": str(args.checkpoint or "timm pretrained"),
-        **{key: getattr(args, key) for key in ("cost", "basis", "order", "proxy_samples", "seed")},
+        **{key: getattr(args, key) for key in ("cost", "basis", "order", "seed")},
         "logit_difference": contraction.difference,
         "shares": shares_of(contraction.spectra),
     }

@@ -238,6 +238,22 @@ def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
     return {name: sum(column) / world()[1] for name, column in zip(values, columns, strict=True)}
 
 
+def on_main_process(compute: Callable[[], Any]) -> Any:
+    """What `compute` returns on rank 0, given to all ranks (a collective call); so is a UserError that it raises."""
+    if not dist.is_initialized():
+        return compute()
+    outcome: list[Any] = [None, None]  # the result, the error
+    if is_main_process():
+        try:
+            outcome[0] = compute()
+        except UserError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
 def check_ranks_agree(what: str, checksum: int) -> None:
     """Raises UserError that names a rank whose checksum (below 2**53) differs from rank 0's."""
     rows = gather_over_ranks([float(checksum)])

@@ -34,7 +34,7 @@ from wpac.refit import check_refit
 
 def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluates a super-network at the sizes that the flags ask for, or a sub-network."""
-    val_images = open_images(args.data_set, args.data_path, "val")
+    val_images = open_images(args.data_set, args.data_path, "val", args.index)
     network, op_codes = open_at_sizes(args, val_images.num_classes)
     network.model.to(device)
     val = eval_loader(val_images, network.preprocessing, batch_size=args.batch_size, workers=args.workers)
@@ -96,7 +96,7 @@ def open_baseline(args: argparse.Namespace, network: Network) -> Network | None:
 
 def proxy_images(args: argparse.Namespace, network: Network) -> list[torch.Tensor]:
     """The proxy images in memory: batches (B, C, height, width)."""
-    train: Images = open_images(args.data_set, args.data_path, "train")
+    train: Images = open_images(args.data_set, args.data_path, "train", args.index)
     proxy = proxy_set(train, args.proxy_samples, args.seed)
     loader = eval_loader(proxy, network.preprocessing, batch_size=args.batch_size, workers=args.workers)
     return [images for images, _ in loader]

@@ -56,7 +56,7 @@ class Study:
     def __init__(self, args: argparse.Namespace, flags: list[str]):
         self.args, self.flags, self.device = args, flags, init_processes(args)
         path = args.output_dir / f"alternatives_{args.name}.json"
-        self.images, self.val = open_splits(args.data_set, args.data_path)
+        self.images, self.val = open_splits(args.data_set, args.data_path, index=args.index)
         self.network = open_network(args, self.images.num_classes, plain_weights=True)
         self.base, self.config = self.network.model, self.network.preprocessing
         self.results = Results(path, **facts_of(self.network), flags=flags, machine=describe_machine(self.device))

@@ -69,7 +69,7 @@ class CutStudy:
 
     def __init__(self, args: argparse.Namespace, device: torch.device, path: Path):
         self.args, self.device = args, device
-        self.images, val = open_splits(args.data_set, args.data_path)
+        self.images, val = open_splits(args.data_set, args.data_path, index=args.index)
         self.network = open_network(args, self.images.num_classes, plain_weights=True)
         self.base, self.config = self.network.model.to(device), self.network.preprocessing
         val = proxy_set(val, args.val_images, 0) if args.val_images else val
@@ -121,6 +121,7 @@ def model_and_data_flags(args: argparse.Namespace) -> list[object]:
     flags = ["--model", args.model] if args.model else []
     flags += ["--model-kwargs", *(f"{key}={value}" for key, value in args.model_kwargs.items())]
     flags += ["--data-set", args.data_set, *(["--data-path", args.data_path] if args.data_path else [])]
+    flags += ["--index", args.index] if args.index else []
     flags += ["--device", args.device, "--batch-size", args.batch_size, "--workers", args.workers]
     flags += ["--proxy-samples", args.proxy_samples]
     for name, value in data_overrides(args).items():

@@ -118,7 +118,7 @@ class Study:
     def __init__(self, args: argparse.Namespace, flags: list[str]):
         self.args, self.flags, self.device = args, flags, init_processes(args)
         path = args.output_dir / f"regimes_{args.name}.json"
-        images, self.val = open_splits(args.data_set, args.data_path)
+        images, self.val = open_splits(args.data_set, args.data_path, index=args.index)
         network = open_network(args, images.num_classes, plain_weights=True)
         self.base, self.config = network.model, network.preprocessing
         self.results = Results(path, **facts_of(network), flags=flags, machine=describe_machine(self.device))

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from datasets import image_files
 from datasets import preprocessing as default_preprocessing
 from files import write_text
+from image_folders import image_files
 from models.backbone import Backbone, check_supported, create_backbone, full_widths, modules_of
 from models.macs import count_macs
 from piad.dropout_list import grow, units_of

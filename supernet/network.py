@@ -12,6 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
+from image_folders import image_mode, to_pixels
 from models.backbone import Backbone, full_widths
 from models.extraction import extract
 from piad.mask_table import MaskTable
@@ -65,9 +66,8 @@ class Network:
         )
 
     def read(self, image: Image.Image) -> Tensor:
-        """An image under timm's evaluation transform: (C, height, width), normalized."""
-        mode = "L" if self.model.in_chans == 1 else "RGB"
-        return create_transform(**self.preprocessing)(image.convert(mode))
+        """An image of any kind (see image_folders.to_pixels) under timm's evaluation transform: (C, height, width)."""
+        return create_transform(**self.preprocessing)(to_pixels(image, image_mode(self.model.in_chans)))
 
     def macs(self, op_code: int = 0, convention: str = "linear") -> int:
         """MACs per image of an op code, in the convention "linear" or "full" (see models.count_macs)."""

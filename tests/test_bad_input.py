@@ -143,10 +143,12 @@ DATA = [
     case("a data set of timm's that is not there", (*EVAL, "--data-set", "torch/cifar10", "--data-path",
          "{folder}/nowhere"), "--data-set torch/cifar10: timm cannot open it at", "nowhere"),
     case("a misspelt data set", (*EVAL, "--data-set", "imagnet"), "--data-set imagnet", "did you mean imagenet"),
-    case("a proxy set larger than the data, WPAC", (*REPARAM, "--proxy-samples", "1438"),
-         "--proxy-samples 1438 is more than the 1437 training images"),
-    case("a proxy set larger than the data, PIAD", (*TRAIN_PIAD, "--proxy-samples", "1438"),
-         "--proxy-samples 1438 is more than the 1437 training images"),
+    case("an image beside the class folders", (*REPARAM, *FLOWERS, "{folder}/stray"),
+         "stray/train/overview.png lies beside the class folders"),
+    case("ImageNet's val/ as it is downloaded", (*EVAL, *FLOWERS, "{folder}/flat"),
+         "flat/val holds images such as 0.png, but no class folder", "valprep.sh"),
+    case("an index that is a file", (*EVAL, *FLOWERS, "{folder}/broken", "--index", "{folder}/flat/val/0.png"),
+         "--index", "flat/val/0.png is a file"),
     case("a batch larger than the data", (*TRAIN_PIAD, "--batch-size", "1438"), "--batch-size 1438 is more than"),
     case("Mixup on an odd batch", (*TRAIN_PIAD, "--batch-size", "33"), "--batch-size 33 is odd", "--mixup 0"),
 ]  # fmt: skip
@@ -321,7 +323,7 @@ def make_tables(folder: Path, road: Road) -> None:
 
 
 def make_image_folders(folder: Path) -> None:
-    for name in ("bare", "hollow", "sparse", "torn", "broken"):
+    for name in ("bare", "hollow", "sparse", "torn", "broken", "stray", "flat"):
         for split in ("train", "val"):
             for label in ("rose", "tulip"):
                 place = folder / name / split / label
@@ -336,6 +338,10 @@ def make_image_folders(folder: Path) -> None:
         image.unlink()
     (folder / "torn" / "val" / "tulip").rename(folder / "torn" / "val" / "daisy")
     (folder / "broken" / "val" / "tulip" / "1.png").write_bytes(b"no picture")
+    shutil.copy(folder / "stray/train/rose/0.png", folder / "stray/train/overview.png")
+    shutil.move(folder / "flat/val/rose/0.png", folder / "flat/val/0.png")
+    for label in ("rose", "tulip"):
+        shutil.rmtree(folder / "flat/val" / label)
 
 
 def make_sub_networks(folder: Path, road: Road) -> None:

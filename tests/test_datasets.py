@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import tiny_digits_model
+from programs import MODEL, run, tiny_digits_model
 from timm.data import IterableImageDataset
 from timm.data.auto_augment import rand_augment_choices, rand_augment_ops
 from torch import Tensor
@@ -155,8 +156,27 @@ def test_proxy_set_has_a_transform_of_its_own():
     torch.testing.assert_close(next(iter(proxy_batches))[0], first, rtol=0, atol=0)
     # And the other way round: the evaluation transform has not replaced the training one.
     assert not same(epoch_of(loader, 0), epoch_of(loader, 1))
-    with pytest.raises(UserError, match=r"--proxy-samples 49 is more than the 48 training images"):
-        proxy_set(images, 49, 0)
+
+
+def test_a_proxy_set_larger_than_the_data_is_the_data(capsys):
+    proxy = proxy_set(Images(Plain(200), 200).subset(range(100, 148)), 49, 0)
+    assert list(proxy.indices) == list(range(100, 148))
+    said = capsys.readouterr().out
+    assert said == "--proxy-samples 49 is more than the 48 training images: all of them are used\n"
+
+
+def test_stages_without_a_proxy_set_ask_for_no_images(tmp_path: Path, capsys):
+    short = ["--data-set", "folder", "--data-path", make_folder(tmp_path / "data"), "--batch-size", 2, "--epochs", 1]
+    short += ["--workers", 0, "--device", "cpu", "--warmup-epochs", 0, "--repeated-aug", 0]
+    run("main.py", "--stage", "pretrain", *MODEL, *short, "--output-dir", tmp_path / "pretrained")
+    assert "--proxy-samples" not in capsys.readouterr().out
+    run("reparam.py", *short[:6], "--workers", 0, "--device", "cpu", "--no-eval", "--method", "best", "--mask-table",
+        "--checkpoint", tmp_path / "pretrained/checkpoint_0.pth", "--output-dir", tmp_path / "contracted")  # fmt: skip
+    assert "--proxy-samples 1024 is more than the 4 training images" in capsys.readouterr().out
+    assert json.loads((tmp_path / "contracted/contracted.json").read_text())["proxy_samples"] == 4
+    run("main.py", "--stage", "finetune", *short, "--checkpoint", tmp_path / "contracted", "--op-code", 1,
+        "--output-dir", tmp_path / "tuned")  # fmt: skip
+    assert "--proxy-samples" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,22 +323,23 @@ def test_folder_is_read(tmp_path: Path, name: str):
     assert colours == [[0, 0, 9], [0, 60, 9], [50, 0, 9], [50, 60, 9]]
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_validation_folder_may_have_another_name(tmp_path: Path, split: str):
+@pytest.mark.parametrize("split", ["valid", "validation", "test"])
+def test_folders_of_splits_may_have_other_names(tmp_path: Path, split: str, capsys):
     (make_folder(tmp_path) / "val").rename(tmp_path / split)
-    assert len(open_images("folder", str(tmp_path), "val")) == 4
+    (tmp_path / "train").rename(tmp_path / "training")
+    train, val = open_splits("folder", str(tmp_path))
+    assert train.source.filename(0, absolute=True) == str(tmp_path / "training/cat/0.png")
+    assert val.source.filename(0, absolute=True) == str(tmp_path / split / "cat/0.png")
+    assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "I;16", "CMYK"])
-@pytest.mark.parametrize("in_chans", [1, 3])
-def test_every_kind_of_image_is_made_one_of_the_models_channels(tmp_path: Path, mode: str, in_chans: int):
-    make_folder(tmp_path, ending="jpg" if mode == "CMYK" else "png")
-    name = "0.jpg" if mode == "CMYK" else "0.png"
-    Image.new(mode, (20, 20)).save(tmp_path / "val" / "cat" / name)
-    config = CONFIG | {"input_size": (in_chans, 16, 16), "mean": (0.0,) * in_chans, "std": (1.0,) * in_chans}
+def test_of_several_folders_of_a_split_the_used_one_is_said(tmp_path: Path, capsys):
+    (make_folder(tmp_path) / "val").rename(tmp_path / "validation")
+    (tmp_path / "test").mkdir()
     val = open_images("folder", str(tmp_path), "val")
-    images, _ = next(iter(eval_loader(val, config, batch_size=4, workers=0)))
-    assert images.shape == (4, in_chans, 16, 16)
+    assert val.source.filename(0) == "cat/0.png" and val.source.root == tmp_path / "validation"
+    said = capsys.readouterr().out
+    assert said == f"--data-path {tmp_path} has the folders validation, test: validation is used for val\n"
 
 
 def test_val_is_not_opened_where_it_is_not_wanted(tmp_path: Path):

@@ -1,0 +1,309 @@
+"""Folders of images: listing them, each once and in one order, and turning an image of any kind into pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import numpy as np
+from PIL import Image
+
+from files import check_output_dir, write_text
+from utils import UserError, on_main_process, progress_bar, say
+
+# Formats that Pillow registers, but that hold no pixels of their own or that it cannot open without other programs.
+NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
+# EXIF's orientation -> what turns the stored pixels upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTATION = 0x0112  # EXIF's tag
+# A folder that changed so shortly before it was listed may have changed again without a new modification time.
+CLOCK_TICK = 2 * 10**9  # nanoseconds
+
+
+@functools.cache
+def image_endings() -> frozenset[str]:
+    """The endings, in lower case, of the image files that Pillow opens."""
+    Image.init()
+    extensions = Image.registered_extensions().items()
+    return frozenset(end for end, kind in extensions if kind in Image.OPEN and kind not in NOT_IMAGES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+def image_mode(channels: int) -> str:
+    """Pillow's mode of the images for a model with this number of input channels. Raises UserError unless 1 or 3."""
+    if channels not in (1, 3):
+        raise UserError(f"the model takes {channels} channels (in_chans), images have 1 or 3: give a model of 1 or 3")
+    return "L" if channels == 1 else "RGB"
+
+
+def to_pixels(image: Image.Image, mode: str) -> Image.Image:
+    """An image of any kind as 8-bit grey ("L") or colour ("RGB") values, upright.
+
+    EXIF's orientation is applied. 16-bit values (modes I;16 and I) are divided by 257. Decimal values (mode F) are
+    multiplied by 255 if none is above 1, else they are taken as they are. Transparency is dropped, as by Pillow's
+    convert(): a transparent pixel has the colour that is stored for it. Raises UserError for whole numbers beyond
+    0 to 65535 and for decimal values beyond 0 to 255.
+    """
+    image.load()  # first, because loading a TIFF applies its orientation and removes it
+    turn = TURNS.get(_orientation(image))
+    if image.mode[0] in "IF":
+        image = _to_8_bits(image)
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns if it is converted to RGB at once
+    image = image.convert(mode)
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow raises many types for damaged EXIF data, without which the image is as it is stored
+        return 1
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    values, whole = np.asarray(image), image.mode[0] == "I"
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= (65535 if whole else 255)):  # a NaN is neither
+        known = "whole numbers from 0 to 65535" if whole else "decimal numbers from 0 to 1 or from 0 to 255"
+        raise UserError(f"its values go from {low:g} to {high:g}, not {known}: scale them to 8 or 16 bits")
+    scale = 1 / 257 if whole else 255 if high <= 1 else 1
+    return Image.fromarray(np.rint(values * scale).astype("uint8"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Listing
+
+
+def _is_skipped(name: str) -> bool:
+    """Whether a file or folder is none of the data: hidden, or macOS's additions to an archive."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _ending(name: str) -> str:
+    return PurePath(name).suffix.lower()
+
+
+def _is_image(name: str) -> bool:
+    return _ending(name) in image_endings()
+
+
+@dataclass
+class Listing:
+    """What lies in a folder of class folders; paths are relative to it.
+
+    classes: name -> image files, sorted.  passed_over: ending -> number of the files that are not images.
+    folders: every folder that was read -> its modification time in ns.  listed: the time of listing in ns.
+    """
+
+    classes: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
+    folders: dict[str, int] = dataclasses.field(default_factory=dict)
+    listed: int = 0
+
+    def is_current(self, root: Path) -> bool:
+        """Whether no folder has changed since."""
+        try:
+            return all(
+                modified < self.listed - CLOCK_TICK and (root / folder).stat().st_mtime_ns == modified
+                for folder, modified in self.folders.items()
+            )
+        except OSError:
+            return False
+
+    def say_passed_over(self, root: Path) -> None:
+        """One line on the files that are not images, if there are any."""
+        if not self.passed_over:
+            return
+        kinds = sorted(self.passed_over.items(), key=lambda item: (-item[1], item[0]))
+        shown = [f"{number} {ending or 'without ending'}" for ending, number in kinds[:5]]
+        shown += ["..."] if len(kinds) > 5 else []
+        total = sum(self.passed_over.values())
+        say(f"{root}: files that are not images are passed over: {total} ({', '.join(shown)})")
+
+
+class _Walk:
+    """Files below `root`, and what was met on the way."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.passed_over: Counter[str] = Counter()
+        self.folders: dict[str, int] = {}
+
+    def entries(self, folder: str) -> list[os.DirEntry]:
+        """What lies in a folder, sorted by name, without what is skipped. Raises UserError if it cannot be read."""
+        try:
+            self.folders[folder] = (self.root / folder).stat().st_mtime_ns
+            with os.scandir(self.root / folder) as entries:
+                return sorted((e for e in entries if not _is_skipped(e.name)), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"cannot read folder {self.root / folder}: {error.strerror}") from error
+
+    def images(self, folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+        """The image files in a folder and the folders in it; a link to a folder above is not followed."""
+        entries = self.entries(folder)
+        above = (*above, _identity(self.root / folder))
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir():
+                if not entry.is_symlink() or _identity(self.root / path) not in above:
+                    yield from self.images(path, above)
+            elif _is_image(entry.name) and (entry.is_file() or entry.is_symlink()):
+                yield path
+            else:
+                self.pass_over(entry.name)
+
+    def pass_over(self, name: str) -> None:
+        self.passed_over[_ending(name)] += 1
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All image files below a folder, sorted; says how many other files are passed over. UserError if there is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder of images")
+    walk = _Walk(folder)
+    found = sorted(folder / path for path in walk.images(""))
+    if not found:
+        raise UserError(f"{folder} holds no image")
+    Listing(passed_over=walk.passed_over).say_passed_over(folder)
+    return found
+
+
+def list_classes(root: Path) -> Listing:
+    """Lists a folder of class folders.
+
+    Raises UserError for images beside the class folders, a class folder without images, and a folder without classes.
+    """
+    walk, listing = _Walk(root), Listing(listed=time.time_ns())
+    entries = walk.entries("")
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    for entry in entries:
+        if entry.name not in folders:
+            if _is_image(entry.name):
+                raise UserError(_stray_image(root, entry.name, flat=not folders))
+            walk.pass_over(entry.name)
+    if not folders:
+        raise UserError(f"{root} {'has no class folder' if entries else 'is empty'}: expected a folder for each class")
+    for name in progress_bar(folders, f"listing {root.name}"):
+        listing.classes[name] = sorted(walk.images(name))
+        if not listing.classes[name]:
+            raise UserError(f"class folder {root / name} holds no image")
+    listing.passed_over, listing.folders = dict(walk.passed_over), walk.folders
+    return listing
+
+
+def _stray_image(root: Path, name: str, flat: bool) -> str:
+    if not flat:
+        return f"{root / name} lies beside the class folders: move it into one of them, or out of {root}"
+    if root.name.startswith("train"):
+        return f"{root} holds images such as {name}, but no class folder: move them into a folder for each class"
+    return (
+        f"{root} holds images such as {name}, but no class folder: move them into a folder for each class; for "
+        "ImageNet the script valprep.sh (github.com/soumith/imagenetloader.torch) does so"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The index: listings that are kept
+
+
+_listings: dict[Path, Listing] = {}  # of this process, by the absolute path of the folder
+
+
+def listing_of(root: Path, index: Path | None) -> Listing:
+    """list_classes(), or what it gave before if nothing has changed since: in this process, or as `index` keeps it."""
+    place = root.resolve()
+    listing = _listings.get(place)
+    if listing is None or not listing.is_current(root):
+        listing = _listings[place] = _indexed(root, index) if index else list_classes(root)
+    return listing
+
+
+def _indexed(root: Path, index: Path) -> Listing:
+    check_output_dir(index, "--index")
+    place = root.resolve()
+    path = index / f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.json"
+    listing = _read_listing(path)
+    if listing is None or not listing.is_current(root):
+        listing = list_classes(root)
+        write_text(path, json.dumps({"folder": str(place), **dataclasses.asdict(listing)}))
+    return listing
+
+
+def _read_listing(path: Path) -> Listing | None:
+    """A listing that was kept; None if there is none, or if it is damaged, which is said."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        del found["folder"]
+        listing = Listing(**found)
+        files = [file for files in listing.classes.values() for file in files]
+        numbers = [listing.listed, *listing.folders.values(), *listing.passed_over.values()]
+        if files and all(isinstance(f, str) for f in files) and all(isinstance(n, int) for n in numbers):
+            return listing
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        pass
+    say(f"{path} is damaged: the images are listed anew")
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data set
+
+
+class ImageFolder:
+    """The images of a folder that holds a folder for each class, with their classes, as in torchvision.
+
+    A class is a folder directly below `root`; images may lie in it or in folders inside it. Item: (path, class).
+    samples: all items.  class_to_idx: class name -> class, sorted by name.
+    """
+
+    def __init__(self, root: Path | str, index: Path | None = None):
+        """index: a folder where the listing is kept for later runs.
+
+        With several processes this is a collective call: rank 0 lists, the others get what it found.
+        """
+        root = Path(root)
+        listing = on_main_process(lambda: listing_of(root, index))
+        listing.say_passed_over(root)
+        self.root = root
+        self.class_to_idx = {name: number for number, name in enumerate(listing.classes)}
+        self.samples = [
+            (f"{root}/{file}", self.class_to_idx[name]) for name, files in listing.classes.items() for file in files
+        ]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        return self.samples[index]
+
+    def filename(self, index: int, absolute: bool = False) -> str:
+        """The path of an image, or its path relative to the root."""
+        path = self.samples[index][0]
+        return path if absolute else path.removeprefix(f"{self.root}/")
