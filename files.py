@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import pickle
+import pickletools
 import platform
 import re
 import tempfile
@@ -20,13 +21,18 @@ from pathlib import Path
 from pprint import pformat
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
+from timm.models import clean_state_dict
 
 from utils import UserError, first_line, is_main_process, say
 
 LOCK = ".lock"  # in an output folder: held by the run that writes there
 MAX_JSON_BYTES = 4 * 2**20  # the table of a ViT-g with all its op codes takes about 1.5 MiB
+ENCODE = b"_codecs\nencode\n"  # how a pickle names the function that turns text into bytes
+# Where checkpoints hold weights, and averaged weights.
+NAMES, AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")
 
 
 @contextlib.contextmanager
@@ -154,8 +160,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a .pth or .safetensors file as data: nothing in it is executed.
 
-    argparse's Namespace is allowed, as DeiT-style checkpoints hold one. Raises UserError for a file that is missing,
-    truncated, not a checkpoint, or that holds any other pickled object.
+    argparse's Namespace is allowed, as DeiT-style checkpoints hold one, and numbers of NumPy become Python's. Raises
+    UserError for a file that is missing, truncated, not a checkpoint, or that holds any other pickled object.
     """
     path = Path(path)
     if path.is_dir():
@@ -166,13 +172,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         _check_packing(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *NUMPY]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"checkpoint {path} is damaged or holds pickled objects that are not plain data; "
-            "refused, nothing in it was run"
-        ) from error
+        raise UserError(_refusal(path, str(error))) from error
     except UserError:
         raise
     except Exception as error:  # torch and safetensors raise many types for a damaged file
@@ -183,20 +186,98 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+class _NumberType:
+    """Takes the place of numpy.dtype while a file is read: the type of one number, such as "f8"."""
+
+    def __init__(self, code: str, *_: bool):
+        if code not in ("b1", *(f"{kind}{size}" for kind in "iuf" for size in (1, 2, 4, 8, 16))):
+            raise pickle.UnpicklingError(f"GLOBAL numpy.{shown(code)}")
+        self.code, self.byte_order = code, "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """state: as numpy.dtype's, (version, byte order, ...)."""
+        self.byte_order = {"<": "<", ">": ">", "|": "|", "=": "="}[state[1]]
+
+
+def _number(kind: _NumberType, content: bytes) -> bool | int | float:
+    """Takes the place of NumPy's function that rebuilds a scalar."""
+    return np.frombuffer(content, kind.byte_order + kind.code, count=1)[0].item()
+
+
+# How pickles of NumPy 1 and 2 name what rebuilds a number.
+NUMPY = [
+    (_NumberType, "numpy.dtype"),
+    (_number, "numpy.core.multiarray.scalar"),
+    (_number, "numpy._core.multiarray.scalar"),
+]
+
+
+def _refusal(path: Path, reason: str) -> str:
+    """The message for a pickle that torch refuses for this reason."""
+    name = re.search(r"GLOBAL ([\w.]+)", reason)
+    if name is None:
+        return (
+            f"checkpoint {path} is damaged or holds pickled objects that are not plain data; "
+            "refused, nothing in it was run"
+        )
+    code = f"import torch; torch.save(torch.load('{path}', weights_only=False)['model'], 'weights.pth')"
+    return (
+        f"checkpoint {path} holds {name[1]}, which is not plain data; refused, nothing in it was run; if you trust the "
+        f'file, keep its weights alone: python -c "{code}"'
+    )
+
+
 def _check_packing(path: Path) -> None:
     """Raises UserError for a .pth that is damaged, or that would unpack to far more memory than its own size."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         # torch allows these two calls, but with them a few bytes can allocate any amount of memory.
-        swells = any(content.find(call) >= 0 for call in (b"\nbytearray\n", b"_codecs\nencode\n"))
-        damaged = None
+        swells, damaged, encoded = content.find(b"\nbytearray\n") >= 0, None, content.find(ENCODE) >= 0
         if content[:4] == b"PK\x03\x04":  # otherwise it is in the format of torch before 1.6
             with zipfile.ZipFile(file) as records:
                 swells |= any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist())
                 damaged = None if swells else records.testzip()  # torch does not check the checksums
+                if encoded and not swells and not damaged:
+                    pickles = [records.read(name) for name in records.namelist() if name.endswith("data.pkl")]
+                    swells = len(re.findall(ENCODE, content)) != sum(map(_plain_encodings, pickles))
+        else:
+            swells |= encoded
     if swells:
-        raise UserError(f"checkpoint {path} unpacks to more than its size; refused, torch.save() does not write so")
+        raise UserError(f"checkpoint {path} could unpack to far more than its size; refused")
     if damaged:
         raise UserError(f"checkpoint {path} is damaged: {damaged} has another checksum than when it was written")
+
+
+def _plain_encodings(content: bytes) -> int:
+    """How many times a pickle names the function that encodes text, or -1 where a use of it could swell.
+
+    Bytes, and so numbers of NumPy, are pickled as encode(text, "latin1"). That cannot swell where each text stands in
+    the file on its own; a text that is used again has to be short. Nothing is executed.
+    """
+    named, memo, last = 0, {}, None  # last: the text or function that was pushed last, and whether it is used again
+    wanted: list[str] = []  # what has to follow: the text, the name of the encoding, the call
+    for opcode, value, _ in pickletools.genops(content):
+        kind = opcode.name
+        if kind in ("BINPUT", "LONG_BINPUT", "PUT"):
+            memo[value] = last and (last[0], True)
+            continue
+        last = None
+        if kind in ("BINGET", "LONG_BINGET", "GET"):
+            last = memo.get(value)
+        elif kind in ("BINUNICODE", "GLOBAL"):
+            last = value, False
+        expected = wanted.pop(0) if wanted else None
+        if expected == "text":
+            right = last is not None and (len(last[0]) <= 16 or not last[1])
+        elif expected == "encoding":
+            right = last is not None and last[0] == "latin1"
+        else:
+            right = expected in (None, kind)
+        if not right:
+            return -1
+        if expected is None and last is not None and last[0] == "_codecs encode":
+            named += kind == "GLOBAL"
+            wanted = ["text", "encoding", "TUPLE2", "REDUCE"]
+    return named
 
 
 def _check_tensors(state: dict[str, Any], path: Path) -> None:
@@ -216,14 +297,17 @@ def _check_tensors(state: dict[str, Any], path: Path) -> None:
 
 
 def weights_of(state: dict[str, Any], path: Path, use_ema: bool = False) -> dict[str, torch.Tensor]:
-    """The state dict inside a checkpoint: bare, or under `model` / `state_dict`, or `model_ema` if use_ema."""
-    if use_ema and "model_ema" not in state:
-        raise UserError(f"checkpoint {path} holds no averaged weights (model_ema); leave --eval-ema out")
-    names = ["model_ema"] if use_ema else ["model", "state_dict"]
+    """The state dict inside a checkpoint: bare or under one of NAMES, or under one of AVERAGED if use_ema.
+
+    What DistributedDataParallel and torch.compile put before the names of weights is taken off.
+    """
+    if use_ema and not any(isinstance(state.get(name), dict) for name in AVERAGED):
+        raise UserError(f"checkpoint {path} holds no averaged weights ({' or '.join(AVERAGED)}); leave --eval-ema out")
+    names = AVERAGED if use_ema else NAMES
     weights = next((state[name] for name in names if isinstance(state.get(name), dict)), state)
     if not weights or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
         raise UserError(f"checkpoint {path} holds no weights: expected a state dict, bare or under model / state_dict")
-    return {key.removeprefix("module."): value for key, value in weights.items()}
+    return clean_state_dict(weights)
 
 
 class CheckpointFolder:

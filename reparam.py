@@ -41,7 +41,7 @@ def main() -> None:
     if network.is_subnetwork:
         raise UserError(f"{args.checkpoint} is a sub-network: contract the whole network")
     model = network.model.to(device)
-    if args.cost != "pred":
+    if args.cost != "pred" or model.num_classes == 0:
         fit_head(model, images.num_classes, remake=False)
     loading = {"batch_size": args.batch_size, "workers": args.workers}
     proxy_images = proxy_set(images, args.proxy_samples, args.seed)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,8 +41,7 @@ from benchmarks.common import (
     timing_numbers,
 )
 from models.backbone import full_widths
-from models.elastic import make_elastic, set_widths
-from models.subnetwork import BypassBlock
+from models.elastic import Switched, make_elastic, set_widths
 from utils import run_program
 
 
@@ -126,11 +125,15 @@ def variants(args: argparse.Namespace, rank: int, device: torch.device) -> dict[
     }
 
 
+class SwitchedBlock(Switched, Block):
+    """As ElasticBlock, but without the gradients of zero."""
+
+
 def elastic_without_zeros(args: argparse.Namespace, device: torch.device) -> VisionTransformer:
     """A super-network whose bypassed parameters get no gradient."""
     model = make_elastic(make_model(args, device))
     for block in model.blocks:
-        block.__class__ = BypassBlock  # as ElasticBlock, but without the gradients of zero
+        block.__class__ = SwitchedBlock
     return model
 
 

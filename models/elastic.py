@@ -14,13 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import Backbone, check_widths, full_widths, value_layer
+from .parts import attention_branch, mlp_branch
 from .slices import attention_slices, first_of_v, last_layer_slices, mlp_slices
 from .subnetwork import (
-    Bypass,
-    BypassBlock,
-    BypassEvaBlock,
-    BypassSwinBlock,
-    BypassSwinV2Block,
     ValueLayer,
     ValueProjection,
     blocks_of,
@@ -157,7 +153,23 @@ class ElasticValueProjection(ValueProjection):
 # Blocks
 
 
-class Elastic(Bypass):
+class Switched:
+    """Put before a block class of timm's: branches named in `bypassed` ("attn", "mlp") add nothing and cost nothing."""
+
+    bypassed: frozenset[str] = frozenset()
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """x: (B, N, D), of a Swin (B, H, W, D) -> the same shape."""
+        if not self.bypassed:
+            return super().forward(x, **kwargs)
+        if "attn" not in self.bypassed:
+            x = x + attention_branch(self, x, **kwargs)
+        if "mlp" not in self.bypassed:
+            x = x + mlp_branch(self, x)
+        return x
+
+
+class Elastic(Switched):
     """A block in training: its parameters always have a gradient, which is zero where a branch is bypassed."""
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
@@ -171,19 +183,19 @@ class Elastic(Bypass):
         return [p for kind in sorted(self.bypassed) for p in branch_parameters(self, kind)]
 
 
-class ElasticBlock(Elastic, BypassBlock):
+class ElasticBlock(Elastic, Block):
     """timm's Block, elastic."""
 
 
-class ElasticEvaBlock(Elastic, BypassEvaBlock):
+class ElasticEvaBlock(Elastic, EvaBlock):
     """timm's EvaBlock, elastic."""
 
 
-class ElasticSwinBlock(Elastic, BypassSwinBlock):
+class ElasticSwinBlock(Elastic, SwinTransformerBlock):
     """timm's SwinTransformerBlock, elastic."""
 
 
-class ElasticSwinV2Block(Elastic, BypassSwinV2Block):
+class ElasticSwinV2Block(Elastic, SwinTransformerV2Block):
     """timm's SwinTransformerV2Block, elastic."""
 
 

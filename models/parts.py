@@ -4,16 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from timm.models.eva import Eva
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.eva import Eva, EvaBlock
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .subnetwork import attention_branch, blocks_of, branch_children, mlp_branch
+from .subnetwork import blocks_of, branch_children
 
 Part = tuple[str | None, Callable[[Tensor], Tensor]]
+
+
+def attention_branch(block: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
+    """What the attention of a block adds to the residual stream: (B, N, D) -> (B, N, D); of a Swin (B, H, W, D)."""
+    if isinstance(block, SwinTransformerV2Block):
+        return block.drop_path1(block.norm1(block._attn(x)))
+    if isinstance(block, SwinTransformerBlock):
+        return block.drop_path1(block._attn(block.norm1(x)))
+    return block.drop_path1(_layer_scale(block, "1", block.attn(block.norm1(x), **kwargs)))
+
+
+def mlp_branch(block: nn.Module, x: Tensor) -> Tensor:
+    """What the MLP of a block adds to the residual stream, shapes as in attention_branch()."""
+    if isinstance(block, SwinTransformerV2Block):
+        return block.drop_path2(block.norm2(block.mlp(x)))
+    return block.drop_path2(_layer_scale(block, "2", block.mlp(block.norm2(x))))
+
+
+def _layer_scale(block: nn.Module, number: str, x: Tensor) -> Tensor:
+    if isinstance(block, EvaBlock):
+        gamma = getattr(block, f"gamma_{number}")
+        return x if gamma is None else gamma * x
+    scale = getattr(block, f"ls{number}", None)
+    return x if scale is None else scale(x)
 
 
 def embed(model: Backbone, images: Tensor) -> Tensor:

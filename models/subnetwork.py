@@ -157,13 +157,9 @@ def _empty_layer(like: nn.Linear, inputs: int, outputs: int, kind: type[nn.Linea
 class ValueLayer(nn.Linear):
     """Gives (q, k and) v, where v has only `width` of head_dim dims per head; the others are 0, so that shapes stay."""
 
-    num_heads: int
-    head_dim: int
-    width: int
-
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., D) -> (..., rows of q and k + H head_dim)."""
-        return self.spread(super().forward(x))
+        return self.spread(F.linear(x, self.weight, self.bias))
 
     def spread(self, x: Tensor) -> Tensor:
         """(..., rows of q and k + H width) -> (..., rows of q and k + H head_dim)."""
@@ -176,13 +172,9 @@ class ValueLayer(nn.Linear):
 class ValueProjection(nn.Linear):
     """The output projection of an attention whose v has only `width` of head_dim dims per head: it reads those."""
 
-    num_heads: int
-    head_dim: int
-    width: int
-
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., H head_dim) -> (..., D)."""
-        return super().forward(self.kept(x))
+        return F.linear(self.kept(x), self.weight, self.bias)
 
     def kept(self, x: Tensor) -> Tensor:
         """(..., H head_dim) -> (..., H width)."""
@@ -190,7 +182,7 @@ class ValueProjection(nn.Linear):
 
 
 def set_value_width(attn: nn.Module, width: int, head_dim: int) -> None:
-    """Sets the width of both layers that v goes through.
+    """Sets num_heads, head_dim and width of both layers that v goes through.
 
     Where timm keeps biases beside the qkv layer it either adds them to the layer's output or uses the layer's weight
     directly. A cut layer has to be called, so the first way is chosen.
@@ -205,60 +197,79 @@ def set_value_width(attn: nn.Module, width: int, head_dim: int) -> None:
 # Blocks with a bypassed branch
 
 
-def attention_branch(block: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
-    """What the attention of a block adds to the residual stream: (B, N, D) -> (B, N, D); of a Swin (B, H, W, D)."""
-    if isinstance(block, SwinTransformerV2Block):
-        return block.drop_path1(block.norm1(block._attn(x)))
-    if isinstance(block, SwinTransformerBlock):
-        return block.drop_path1(block._attn(block.norm1(x)))
-    return block.drop_path1(_layer_scale(block, "1", block.attn(block.norm1(x), **kwargs)))
-
-
-def mlp_branch(block: nn.Module, x: Tensor) -> Tensor:
-    """What the MLP of a block adds to the residual stream, shapes as in attention_branch()."""
-    if isinstance(block, SwinTransformerV2Block):
-        return block.drop_path2(block.norm2(block.mlp(x)))
-    return block.drop_path2(_layer_scale(block, "2", block.mlp(block.norm2(x))))
-
-
-def _layer_scale(block: nn.Module, number: str, x: Tensor) -> Tensor:
-    if isinstance(block, EvaBlock):
-        gamma = getattr(block, f"gamma_{number}")
-        return x if gamma is None else gamma * x
-    scale = getattr(block, f"ls{number}", None)
-    return x if scale is None else scale(x)
-
-
 class Bypass:
-    """Put before a block class of timm's: branches named in `bypassed` ("attn", "mlp") add nothing and cost nothing."""
+    """A block of timm's without the children of one branch, or of both: what is not there adds and costs nothing.
 
-    bypassed: frozenset[str] = frozenset()
-
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """x: (B, N, D), of a Swin (B, H, W, D) -> the same shape."""
-        if not self.bypassed:
-            return super().forward(x, **kwargs)
-        if "attn" not in self.bypassed:
-            x = x + attention_branch(self, x, **kwargs)
-        if "mlp" not in self.bypassed:
-            x = x + mlp_branch(self, x)
-        return x
+    hasattr() is what torch.jit.script understands, too.
+    """
 
 
 class BypassBlock(Bypass, Block):
     """timm's Block, with a bypassed branch."""
 
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x: (B, N, D) -> the same shape."""
+        if hasattr(self, "attn"):
+            y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+            x = x + self.drop_path1(self.ls1(y))
+        if hasattr(self, "mlp"):
+            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x
+
 
 class BypassEvaBlock(Bypass, EvaBlock):
     """timm's EvaBlock, with a bypassed branch."""
 
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """x: (B, N, D) -> the same shape."""
+        if hasattr(self, "attn"):
+            y = self.attn(self.norm1(x), rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+            x = x + self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y)
+        if hasattr(self, "mlp"):
+            y = self.mlp(self.norm2(x))
+            x = x + self.drop_path2(y if self.gamma_2 is None else self.gamma_2 * y)
+        return x
 
-class BypassSwinBlock(Bypass, SwinTransformerBlock):
+
+class _BypassWindows(Bypass):
+    def set_input_size(
+        self, feat_size: tuple[int, int], window_size: tuple[int, int], always_partition: bool | None = None
+    ) -> None:
+        """As timm's, also without an attention."""
+        if hasattr(self, "attn"):
+            super().set_input_size(feat_size, window_size, always_partition)
+            return
+        self.input_resolution = feat_size
+        if always_partition is not None:
+            self.always_partition = always_partition
+        self.window_size, self.shift_size = self._calc_window_shift(window_size)
+        self.window_area = self.window_size[0] * self.window_size[1]
+
+
+class BypassSwinBlock(_BypassWindows, SwinTransformerBlock):
     """timm's SwinTransformerBlock, with a bypassed branch."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, H, W, D) -> the same shape."""
+        if hasattr(self, "attn"):
+            x = x + self.drop_path1(self._attn(self.norm1(x)))
+        if hasattr(self, "mlp"):
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
 
-class BypassSwinV2Block(Bypass, SwinTransformerV2Block):
+
+class BypassSwinV2Block(_BypassWindows, SwinTransformerV2Block):
     """timm's SwinTransformerV2Block, with a bypassed branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, H, W, D) -> the same shape."""
+        if hasattr(self, "attn"):
+            x = x + self.drop_path1(self.norm1(self._attn(x)))
+        if hasattr(self, "mlp"):
+            x = x + self.drop_path2(self.norm2(self.mlp(x)))
+        return x
 
 
 BYPASS: dict[type[nn.Module], type[Bypass]] = {
@@ -273,4 +284,3 @@ def _bypass(block: nn.Module, kind: str) -> None:
     for name in branch_children(block, kind):
         delattr(block, name)
     block.__class__ = BYPASS.get(type(block), type(block))
-    block.bypassed = block.bypassed | {kind}

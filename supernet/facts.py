@@ -98,10 +98,14 @@ def as_tuples(model_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def stamp_of(parameters: Iterable[Tensor]) -> str:
-    """A hash of the weights, hexadecimal: mask table and compensation carry the stamp of the weights they belong to."""
+    """A hash of the weights, hexadecimal: mask table and compensation carry the stamp of the weights they belong to.
+
+    Half precision is hashed as the float32 that it becomes when it is opened.
+    """
     found = hashlib.blake2b(digest_size=7)  # fits into the int64 that a compensation stores
     for parameter in parameters:
-        found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        value = parameter.detach().float() if parameter.itemsize < 4 else parameter.detach()
+        found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
 
 

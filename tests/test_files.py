@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -183,6 +186,76 @@ def test_a_pickle_that_would_run_a_command_is_refused_and_not_run(tmp_path, wher
     assert marker.exists()
 
 
+NUMBERS = {
+    "best_acc1": np.float64(81.85),
+    "again": np.float64(81.85),
+    "loss": np.float32(0.5),
+    "half": np.float16(2),
+    "step": np.int64(-7),
+    "small": np.uint8(200),
+    "big_endian": np.array([3.5], ">f8")[0],
+    "done": np.bool_(True),
+    "text": b"bytes of any length" * 100,
+}
+
+
+@pytest.mark.parametrize("module", ["numpy._core", "numpy.core"])
+def test_numbers_of_numpy_are_read_as_numbers(tmp_path, module):
+    """Of NumPy 1, which calls its module numpy.core, and of NumPy 2."""
+    path, other = tmp_path / "2.pth", tmp_path / "1.pth"
+    torch.save({"model": WEIGHTS, **NUMBERS, "list": [np.float64(i) for i in range(300)]}, path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(other, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name).replace(b"numpy._core", module.encode()))
+    state = load_checkpoint(other)
+    assert same(weights_of(state, other), WEIGHTS)
+    for key, value in NUMBERS.items():
+        assert state[key] == value and type(state[key]) in (float, int, bool, bytes), key
+    assert state["list"] == list(range(300))
+
+
+def test_a_text_that_is_encoded_again_and_again_is_refused(tmp_path):
+    class Encoded:
+        def __init__(self, text: str, encoding: str):
+            self.arguments = text, encoding
+
+        def __reduce__(self):
+            return codecs.encode, self.arguments
+
+    text = "x" * 17
+    for state in ([Encoded(text, "latin1"), Encoded(text, "latin1")], [Encoded("x", "utf-32")], [codecs.encode]):
+        torch.save({"state": state}, tmp_path / "large.pth")
+        with pytest.raises(UserError, match=r"large\.pth could unpack to far more than its size"):
+            load_checkpoint(tmp_path / "large.pth")
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (Path("runs/1"), r"pathlib\S*\.PosixPath"),
+        (np.zeros(3), r"numpy\._core\.multiarray\._reconstruct"),
+        (np.str_("x"), r"numpy\.U1"),
+        (Unplain(Path("marker")), r"posix\.system"),
+    ],
+)
+def test_an_object_that_is_refused_is_named_with_the_way_out(tmp_path, value, name):
+    path = tmp_path / "odd.pth"
+    torch.save({"model": WEIGHTS, "args": argparse.Namespace(x=value)}, path)
+    with pytest.raises(UserError, match=rf"odd\.pth holds {name}, .*refused, .*: python -c \"import torch; ") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_way_out_keeps_the_weights(tmp_path, monkeypatch):
+    path = tmp_path / "odd.pth"
+    torch.save({"model": WEIGHTS, "path": tmp_path}, path)
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(path)
+    monkeypatch.chdir(tmp_path)
+    exec(str(caught.value).split('python -c "')[1].removesuffix('"'))
+    assert same(load_checkpoint(tmp_path / "weights.pth"), WEIGHTS)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("keep", [0, 1, 20, -20], ids=lambda keep: f"{keep} bytes")
 def test_a_truncated_checkpoint_is_named(tmp_path, suffix, keep):
@@ -234,9 +307,14 @@ def test_weights_lie_bare_or_under_a_name():
         {"model": WEIGHTS, "state_dict": other},
         {"model": {f"module.{key}": value for key, value in WEIGHTS.items()}},
         {f"module.{key}": value for key, value in WEIGHTS.items()},
+        {f"module._orig_mod.{key}": value for key, value in WEIGHTS.items()},
+        {f"_orig_mod.module.{key}": value for key, value in WEIGHTS.items()},
     ):
         assert same(weights_of(state, path), WEIGHTS)
-    assert same(weights_of({"model": other, "model_ema": WEIGHTS}, path, use_ema=True), WEIGHTS)
+    for name in ("model_ema", "state_dict_ema"):
+        assert same(weights_of({"model": other, name: WEIGHTS}, path, use_ema=True), WEIGHTS)
+        averaged = {f"module.{key}": value for key, value in WEIGHTS.items()}
+        assert same(weights_of({"state_dict": other, name: averaged}, path, use_ema=True), WEIGHTS)
     # A parameter that is called model is none of our business.
     assert same(weights_of({"model": torch.ones(2)}, path), {"model": torch.ones(2)})
 
@@ -252,7 +330,7 @@ def test_a_checkpoint_without_weights_is_named(state):
 
 
 def test_averaged_weights_that_are_not_there():
-    for state in ({"model": WEIGHTS}, WEIGHTS):
+    for state in ({"model": WEIGHTS}, WEIGHTS, {"model": WEIGHTS, "model_ema": None}):
         with pytest.raises(UserError, match=r"x\.pth holds no averaged weights"):
             weights_of(state, Path("x.pth"), use_ema=True)
 

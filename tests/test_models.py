@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_families import FAMILIES
 from timm.layers import Attention
+from timm.models.vision_transformer import checkpoint_filter_fn
 from tiny import SHAPE, VARIANTS, masked_logits, random_backbone, random_data, relative, some_widths, widths_strategy
 from torch import Tensor, nn
 
@@ -22,10 +27,12 @@ from models.backbone import (
     modules_of,
 )
 from models.extraction import extract
-from models.loading import fit_head, load_weights
+from models.loading import fit_head, load_weights, prepared
 from models.macs import count_macs, count_params, macs_per_dim
 from models.parts import apply_part, classify, parts_of
 from piad.dropout_list import UNITS, unit_sizes
+from supernet.contraction import network_of, save_contracted
+from supernet.facts import stamp_of
 from utils import UserError
 
 TINY = {key: value for key, value in SHAPE.items() if key != "num_classes"}
@@ -197,8 +204,117 @@ def test_weights_from_elsewhere_keep_their_head(tmp_path, backbone, data):
         expected = random_backbone(seed=seed, dtype=torch.float32)
         assert torch.equal(net.model(data[0].float()), expected(data[0].float())) and net.averaged == use_ema
     assert supernet.create(name, TINY, num_classes=99).model.num_classes == 99
-    with pytest.raises(UserError, match=r"weights\.pth is of another architecture: pos_embed"):
-        supernet.load(file, name=name, model_kwargs=TINY | {"patch_size": 16}, plain_weights=True)
+    with pytest.raises(UserError, match=r"weights\.pth is of another architecture: cls_token"):
+        supernet.load(file, name=name, model_kwargs=TINY | {"embed_dim": 96}, plain_weights=True)
+
+
+def opened(path: Path, weights: dict, variant: str = "plain", **more) -> nn.Module:
+    """The model that weights from elsewhere open as."""
+    name, model_kwargs = VARIANTS[variant]
+    torch.save(weights, path)
+    return supernet.load(path, name=name, model_kwargs=TINY | model_kwargs | more, plain_weights=True).model
+
+
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "module._orig_mod.", "module.module.", "a.b.c."])
+def test_a_prefix_that_all_names_share_is_taken_off(tmp_path, prefix, backbone):
+    weights = {f"{prefix}{key}": value for key, value in backbone.state_dict().items()}
+    found = opened(tmp_path / "x.pth", {"state_dict": weights}).state_dict()
+    assert all(torch.equal(found[key], value.float()) for key, value in backbone.state_dict().items())
+
+
+def test_a_prefix_that_some_names_have_is_kept(tmp_path, backbone):
+    weights = {f"model.{key}": value for key, value in backbone.state_dict().items()} | {"loss.weight": torch.ones(1)}
+    assert prepared(weights).keys() == weights.keys()
+    with pytest.raises(UserError, match=r"of another architecture: .* is absent there"):
+        opened(tmp_path / "x.pth", weights)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_without_a_head_open_without_one_and_get_one(tmp_path, family, capsys):
+    name, model_kwargs = FAMILIES[family]
+    whole = create_backbone(name, **model_kwargs)
+    weights = {key: value for key, value in whole.state_dict().items() if not key.startswith("head.")}
+    torch.save(weights, tmp_path / "x.pth")
+    kwargs = {key: value for key, value in model_kwargs.items() if key != "num_classes"}
+    net = supernet.load(tmp_path / "x.pth", name=name, model_kwargs=kwargs, plain_weights=True)
+    images = random_data(2)[0].float()
+    assert net.model.num_classes == net.model_kwargs["num_classes"] == 0
+    expected = whole.eval().forward_head(whole.forward_features(images), pre_logits=True)
+    assert torch.equal(net.model(images), expected)
+    with pytest.raises(UserError, match="the model has no classifier head, the data has 5 classes: train one"):
+        fit_head(net.model, 5, remake=False)
+    fit_head(net.model, 5, remake=True)
+    assert capsys.readouterr().out == "new head: no classes in the weights, 5 in the data\n"
+    assert net.model(images).shape == (2, 5)
+
+
+@pytest.mark.parametrize("variant", ["plain", "distilled", "registers"])
+def test_position_embeddings_of_another_size_are_resampled_as_timm_does(tmp_path, variant, capsys):
+    weights = random_backbone(variant, dtype=torch.float32).state_dict()
+    name, model_kwargs = VARIANTS[variant]
+    expected = create_backbone(name, **SHAPE | model_kwargs | {"img_size": 48}).eval()
+    expected.load_state_dict(checkpoint_filter_fn(weights, expected))
+    found = opened(tmp_path / "x.pth", weights, variant, img_size=48)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and "x.pth: resampled to the size of the model, as timm does: pos_embed (1, " in lines[0]
+    images = torch.randn(2, 3, 48, 48)
+    assert torch.equal(found(images), expected(images))
+    opened(tmp_path / "x.pth", weights, variant)
+    assert capsys.readouterr().out == ""
+
+
+def test_position_biases_of_another_window_are_resampled(tmp_path, capsys):
+    name, model_kwargs = FAMILIES["swin"]
+    torch.save(create_backbone(name, **model_kwargs).state_dict(), tmp_path / "x.pth")
+    kwargs = model_kwargs | {"window_size": 8}
+    net = supernet.load(tmp_path / "x.pth", name=name, model_kwargs=kwargs, plain_weights=True)
+    assert "resampled to the size of the model, as timm does: layers.0.blocks.0.attn" in capsys.readouterr().out
+    assert net.model(torch.randn(1, 3, 32, 32)).isfinite().all()
+
+
+def test_weights_of_another_layout_of_timm_are_taken(tmp_path, backbone):
+    """DeiT III's own checkpoints call LayerScale gamma_1."""
+    weights = random_backbone("layer_scale", dtype=torch.float32).state_dict()
+    other = {key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): w for key, w in weights.items()}
+    assert other.keys() != weights.keys()
+    found = opened(tmp_path / "x.pth", other, "layer_scale").state_dict()
+    assert all(torch.equal(found[key], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_opened_as_float32(tmp_path, dtype, data, capsys):
+    weights = {key: value.to(dtype) for key, value in random_backbone().state_dict().items()}
+    found = opened(tmp_path / "x.pth", weights)
+    assert all(torch.equal(value, weights[key].float()) for key, value in found.state_dict().items())
+    assert all(parameter.dtype == torch.float32 for parameter in found.parameters())
+    assert capsys.readouterr().out == ""
+    assert stamp_of(weights.values()) == stamp_of(value.float() for value in weights.values())
+
+    network = network_of(random_backbone(dtype=torch.float32))
+    network.save(tmp_path / "small", network.cut(0).to(dtype))
+    again = supernet.load(tmp_path / "small").model
+    assert again(data[0].float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_copy_of_contracted_weights_is_refused_in_one_line(tmp_path, dtype):
+    images = torch.randn(8, 3, 32, 32)
+    network = supernet.contract(random_backbone(dtype=torch.float32), images)
+    save_contracted(network, tmp_path, {}, with_table=True)
+    whole = supernet.load(tmp_path)
+    assert len(whole.table) > 1
+    file = tmp_path / "contracted.safetensors"
+    save_file({key: value.to(dtype) for key, value in load_file(file).items()}, file)
+    with pytest.raises(UserError, match=r"contracted\.json was made for other weights than .*: give the file that"):
+        supernet.load(tmp_path)
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
+def test_weights_that_are_not_finite_are_named(tmp_path, value, word, backbone):
+    weights = backbone.state_dict()
+    weights["blocks.0.attn.qkv.weight"][3, 5] = value
+    with pytest.raises(UserError, match=rf"checkpoint .*x\.pth: blocks\.0\.attn\.qkv\.weight holds {word}$"):
+        opened(tmp_path / "x.pth", weights)
 
 
 def test_fit_head(capsys, data):
