@@ -1,4 +1,4 @@
-"""Trains (pretrain | piad | finetune) and evaluates: arguments and wiring."""
+"""Trains (pretrain | piad | finetune) and evaluates: what each stage builds and runs."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def contract(
     model: a supported timm transformer, on the device that is to do the work.
     images: a folder with image files anywhere below it, or an iterable of PIL images, of tensors (C, height, width), or
     of batches (B, C, height, width); tensors are taken as they are. At most `samples` of them are used.
-    method: "best" (see docs/SIZES.md), or "paper", which has no sizes of its own before training.
+    method: "best" (see docs/SIZES.md), or "paper", whose mask table holds only the whole network until PIAD trains it.
     dropout_ratio: share of the MACs that the mask table can drop.
     model_kwargs: the arguments that timm.create_model() was given besides the name, where they cannot be read off the
     model.

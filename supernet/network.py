@@ -30,7 +30,7 @@ class Network:
 
     model: images (B, C, height, width) to logits (B, classes).  table: op code -> widths; of a sub-network, op code 0
     alone.  name, model_kwargs: timm's, of the whole backbone.  preprocessing: timm's data configuration (input_size,
-    mean, std, interpolation, crop_pct, crop_mode).  target: what sub-networks keep of the whole network.  method: how
+    mean, std, interpolation, crop_pct, crop_mode).  target: the output that sub-networks keep, "logits".  method: how
     the super-network was made: "paper", "best", "piad", or None.  grade: of its sub-networks, "cut" or "compensated";
     of a sub-network, how it was made.  averaged: whether these are averaged (EMA) weights.  stamp: what the mask table
     and the compensation that belong to the weights carry, too.  source: the file of the weights.  facts: everything
@@ -130,6 +130,7 @@ class Network:
         small = extract(self.model, self.table.widths(op_code), share_memory)
         if images is not None:
             refit(self.model, small, images)
+            small.grade = "refitted"
         return small
 
     def subnetwork(self, op_code: int, grade: str) -> Network:
@@ -146,4 +147,5 @@ class Network:
         Raises UserError where the folder cannot be written.
         """
         kept = self.facts if self.is_subnetwork else {}
-        return save_subnetwork(Path(folder), small, self.describe(), {"grade": self.grade, **kept, **facts})
+        grade = getattr(small, "grade", self.grade)
+        return save_subnetwork(Path(folder), small, self.describe(), {"grade": grade, **kept, **facts})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,14 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import ROOT
 from safetensors.torch import load_file, save_file
 from test_families import FAMILIES
 from timm.layers import Attention
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from tiny import SHAPE, VARIANTS, masked_logits, random_backbone, random_data, relative, some_widths, widths_strategy
 from torch import Tensor, nn
 
@@ -420,3 +425,22 @@ def test_the_reference_of_the_cut_tests_is_exact_at_full_width(draw):
     model = random_backbone(draw.draw(st.sampled_from(sorted(VARIANTS))))
     images, _ = random_data(2)
     assert relative(masked_logits(model, full_widths(model), images), model(images)) == 0
+
+
+# Methods of timm's models that are not public, but are called: requirements.txt has an upper bound for them.
+PRIVATE = {
+    "_pos_embed": (VisionTransformer, Eva),
+    "_calc_window_shift": (SwinTransformerBlock,),
+    "_attn": (SwinTransformerBlock, SwinTransformerV2Block),
+    "_get_rel_pos_bias": (WindowAttention,),
+}
+
+
+def test_private_methods_of_timm_that_are_called_are_there_and_no_others():
+    for name, classes in PRIVATE.items():
+        assert all(callable(getattr(kind, name, None)) for kind in classes), name
+    code = "\n".join(path.read_text() for path in (ROOT / "models").glob("*.py"))
+    called = set(re.findall(r"\b(?:block|model|attn|self)\.(_[a-z]\w*)\(", code))
+    own = set(re.findall(r"def (_[a-z]\w*)\(", code))
+    assert called - own == set(PRIVATE)
+    assert re.search(r"^timm>=[\d.]+,<[\d.]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
