@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -255,6 +258,16 @@ def _loader(images: Images, config: dict[str, Any], batch_size: int, workers: in
         raise UserError(f"timm cannot make the transforms: {type(error).__name__} {first_line(error)}") from error
     loader.worker_init_fn = ignore_stop_signals  # images are seeded one by one, not by worker
     return loader
+
+
+@atexit.register
+def _end_loading_processes() -> None:
+    """Kills the loading processes that are left: they ignore the signal with which multiprocessing would end them."""
+    left = [process for process in multiprocessing.active_children() if process.daemon]
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as failed
+    for process in left:
+        process.kill()
 
 
 def _create_loader(images: Images, config: dict[str, Any], batch_size: int, workers: int, **kwargs: Any) -> DataLoader:

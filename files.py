@@ -137,7 +137,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what is left of a lock does not hold the folder
+                path.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -236,6 +236,8 @@ _listings: dict[Path, Listing] = {}  # of this process, by the absolute path of 
 
 def listing_of(root: Path, index: Path | None) -> Listing:
     """list_classes(), or what it gave before if nothing has changed since: in this process, or as `index` keeps it."""
+    if index:
+        check_output_dir(index, "--index")
     place = root.resolve()
     listing = _listings.get(place)
     if listing is None or not listing.is_current(root):
@@ -244,7 +246,6 @@ def listing_of(root: Path, index: Path | None) -> Listing:
 
 
 def _indexed(root: Path, index: Path) -> Listing:
-    check_output_dir(index, "--index")
     place = root.resolve()
     path = index / f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.json"
     listing = _read_listing(path)

@@ -204,11 +204,12 @@ class FaultBenchmark:
             os.killpg(process.pid, signal.SIGTERM) if group else process.terminate()
         out, error = process.communicate(timeout=120)
         row.bytes_lost += lost_bytes(folder)
-        if row.faults and (process.returncode != code or "saved; the same command" not in out):
+        last = folder / "checkpoint_2.pth"
+        finished = last.exists() and load_checkpoint(last)["epoch"] == 3  # the signal came after the last step
+        if row.faults and not finished and (process.returncode != code or "saved; the same command" not in out):
             row.error = f"exit code {process.returncode}, not saved: {error}"
-            if process.returncode != 0:  # it may have ended by itself in the meantime
-                return
-        self.resume_run(row, folder)
+        else:
+            self.resume_run(row, folder)
 
     def resume_run(self, row: Row, folder: Path) -> None:
         """Resumes the run without a fault."""

@@ -112,7 +112,7 @@ KILLS = [
     Kill("between checkpoint and table", Fault("piad.mask_table:MaskTable.save", 4), "epoch 1, step 2"),
     Kill("between checkpoint and deletion", Fault("files:CheckpointFolder.epochs", 7), "epoch 2, step 2"),
     Kill("during the importance refresh", Fault(REFRESH, 2), "epoch 1, step 0"),
-    Kill("at an epoch's end, evaluating", Fault("engine:evaluate", 4), "epoch 1, step 4"),
+    Kill("at an epoch's end, evaluating", Fault("engine:evaluate", 6), "epoch 1, step 4"),
     Kill("at an epoch's end, logged and not saved", Fault("logs:RunLog.flush", 6), "epoch 1, step 4"),
 ]
 
@@ -150,7 +150,7 @@ STOPS = [
     Kill("SIGTERM in the first importance refresh", Fault(REFRESH, 1, "signal", "SIGTERM"), "epoch 0, step 0"),
     Kill("SIGTERM during the importance refresh", Fault(REFRESH, 2, "signal", "SIGTERM"), "epoch 1, step 0"),
     Kill("SIGUSR1 while a checkpoint is written", Fault("torch:save", 5, "signal", "SIGUSR1"), "epoch 1, step 4"),
-    Kill("SIGTERM at an epoch's end, evaluating", Fault("engine:evaluate", 3, "signal", "SIGTERM"), "epoch 1, step 5"),
+    Kill("SIGTERM at an epoch's end, evaluating", Fault("engine:evaluate", 5, "signal", "SIGTERM"), "epoch 1, step 5"),
 ]
 
 
@@ -328,7 +328,7 @@ def test_a_quota(reference: Reference, tmp_path: Path):
 @pytest.mark.parametrize(
     ("at", "call", "name", "epochs", "place"),
     [
-        ("files:CheckpointFolder.to_resume", 1, "{}/log.txt", [], None),
+        ("files:CheckpointFolder.to_resume", 1, "{}/.lock", [], None),
         ("files:CheckpointFolder.save", 4, "{}/checkpoint_1.pth", [0], "epoch 1, step 0"),
         ("logs:RunLog.epoch", 2, "{}/log.txt", [0, 1], "epoch 1, step 4"),
     ],
