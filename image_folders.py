@@ -95,7 +95,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _is_skipped(name: str) -> bool:
-    """Whether a file or folder is none of the data: hidden, or macOS's additions to an archive."""
+    """Whether a file or folder does not belong to the data: it is hidden, or macOS added it to an archive."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -182,7 +182,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted; says how many other files are passed over. UserError if there is none."""
+    """All image files below a folder, sorted; says how many other files are passed over. Raises UserError without any."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of images")
     walk = _Walk(folder)
@@ -256,7 +256,7 @@ def _indexed(root: Path, index: Path) -> Listing:
 
 
 def _read_listing(path: Path) -> Listing | None:
-    """A listing that was kept; None if there is none, or if it is damaged, which is said."""
+    """The listing in an index file; None if the file does not exist, or if it is damaged, which is said."""
     if not path.exists():
         return None
     try:

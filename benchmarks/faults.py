@@ -75,7 +75,7 @@ class Reference:
 
 
 class FaultBenchmark:
-    """Runs with faults in a folder. disk: mount point of a small file system, None if there is none."""
+    """Runs with faults in a folder. disk: mount point of a small file system, None if it could not be mounted."""
 
     def __init__(self, folder: Path, disk: Path | None, seed: int):
         self.folder, self.disk, self.random = folder, disk, random.Random(seed)

@@ -205,11 +205,11 @@ SIZES = [
 ]  # fmt: skip
 
 PLACES = [
-    *(case(f"CUDA where there is none: {command[0]}", (*command, "--device", "cuda"), "--device cuda", "--device cpu")
+    *(case(f"CUDA on a machine without it: {command[0]}", (*command, "--device", "cuda"), "--device cuda", "--device cpu")
       for command in (EVAL, REPARAM)),
-    case("a device that is none", (*EVAL, "--device", "toaster"), "--device toaster"),
+    case("an unknown device", (*EVAL, "--device", "toaster"), "--device toaster"),
     case("a time without its unit", (*EVAL, "--latency", "5"), "--latency: '5' is not a time such as 5ms or 0.2s"),
-    case("a flag that is none", (*EVAL, "--latencies", "5ms"), "unrecognized arguments: --latencies"),
+    case("an unknown flag", (*EVAL, "--latencies", "5ms"), "unrecognized arguments: --latencies"),
     case("a file for an output folder", (*EVAL, "--output-dir", "{text}"), "--output-dir", "text.pth"),
 ]  # fmt: skip
 

@@ -106,6 +106,7 @@ def test_a_contradicting_flag_is_one_line_with_both_values(program, flag, oddly:
 
 def test_flags_that_agree_are_no_contradiction(oddly: Path, tmp_path: Path):
     run("main.py", "--eval", *COMMON, *ODD, "--checkpoint", oddly / "best", "--op-code", 0, "--output-dir", tmp_path)
+    assert (tmp_path / "frontier.json").exists()
 
 
 def test_training_arguments_may_be_given_beside_any_weights(oddly: Path):
