@@ -182,7 +182,10 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted; says how many other files are passed over. Raises UserError without any."""
+    """All image files below a folder, sorted; says how many other files are passed over.
+
+    Raises UserError where the folder does not exist or holds no image.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of images")
     walk = _Walk(folder)

@@ -205,7 +205,7 @@ SIZES = [
 ]  # fmt: skip
 
 PLACES = [
-    *(case(f"CUDA on a machine without it: {command[0]}", (*command, "--device", "cuda"), "--device cuda", "--device cpu")
+    *(case(f"CUDA that is not there: {command[0]}", (*command, "--device", "cuda"), "--device cuda", "--device cpu")
       for command in (EVAL, REPARAM)),
     case("an unknown device", (*EVAL, "--device", "toaster"), "--device toaster"),
     case("a time without its unit", (*EVAL, "--latency", "5"), "--latency: '5' is not a time such as 5ms or 0.2s"),

@@ -1,4 +1,4 @@
-"""Data: the splits, augmentation that depends on the place of the image alone, shares of ranks, folders and their errors."""
+"""Data: the splits, augmentation that depends on the place of the image, shares of ranks, folders, errors."""
 
 from __future__ import annotations
 
