@@ -31,7 +31,7 @@ from models.extraction import extract
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
 
-# No random number depends on the rank: no Mixup, no drop path. SGD, since Adam turns a rounding error into a whole step.
+# No random number depends on the rank: no Mixup, no drop path. SGD: Adam turns a rounding error into a whole step.
 PRETRAIN = ["--stage", "pretrain", *COMMON, *TRAIN, "--epochs", "2", "--warmup-epochs", "0", "--drop-path", "0",
             "--mixup", "0", "--cutmix", "0", "--ema-decay", "0.9", "--opt", "sgd", "--workers", "0"]  # fmt: skip
 # The list is whole after the first epoch, and reaches so far that branches are bypassed.
