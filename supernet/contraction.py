@@ -100,6 +100,8 @@ def contract_network(
     drop this share of the MACs. Raises UserError where the output changes by more than LIMIT or is not finite.
     """
     model = network.model
+    if not model.num_classes:
+        raise UserError("the model has no classifier head, and contraction needs logits: give a classifier")
     basis, order = (given or default for given, default in zip((basis, order), METHODS[method], strict=True))
     total, batches = len(batches) if hasattr(batches, "__len__") else None, iter(batches)
     first = next(batches, None)

@@ -87,6 +87,8 @@ def test_what_cannot_be_contracted_is_one_line(tmp_path: Path):
         supernet.contract(timm.create_model("resnet18"), torch.randn(4, 3, 32, 32))
     with pytest.raises(UserError, match="was not made by timm"):
         supernet.contract(torch.nn.Linear(2, 2), [])
+    with pytest.raises(UserError, match="no classifier head, and contraction needs logits"):
+        supernet.contract(timm.create_model(PLAIN, **{**SHAPE, "num_classes": 0}), torch.randn(4, 3, 32, 32))
     with pytest.raises(UserError, match="no image to take statistics on"):
         supernet.contract(tiny_model(), [])
     with pytest.raises(UserError, match="holds no image"):
