@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import difflib
 import multiprocessing
 import signal
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from image_folders import ImageFolder, image_mode, to_pixels
-from utils import UserError, first_line, ignore_stop_signals, mixed_seed, say, seed_everything, world
+from utils import STOP_SIGNALS, UserError, first_line, ignore_stop_signals, mixed_seed, say, seed_everything, world
 
 FOLDER_NAMES = (
     "folder",
@@ -257,7 +258,26 @@ def _loader(images: Images, config: dict[str, Any], batch_size: int, workers: in
     except (AssertionError, KeyError, TypeError, ValueError) as error:  # what timm's transforms raise for bad settings
         raise UserError(f"timm cannot make the transforms: {type(error).__name__} {first_line(error)}") from error
     loader.worker_init_fn = ignore_stop_signals  # images are seeded one by one, not by worker
+    if workers:
+        loader.multiprocessing_context = _loading_context()
     return loader
+
+
+class _LoadingProcess(multiprocessing.Process):
+    """A data loading process that no stop signal can end before it ignores them: it starts with them blocked."""
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _loading_context() -> multiprocessing.context.BaseContext:
+    context = copy.copy(multiprocessing.get_context())
+    context.Process = _LoadingProcess
+    return context
 
 
 @atexit.register

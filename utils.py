@@ -32,6 +32,7 @@ class Preempted(Exception):
 
 # Errors of the file system that the user can correct, wherever they are raised.
 _FILE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _stop_asked: list[str] = []
 
 
@@ -90,24 +91,23 @@ def stop_signals() -> Iterator[None]:
 
     A second Ctrl-C stops at once.
     """
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def ask(number: int, _frame: object) -> None:
         if number == signal.SIGINT and "SIGINT" in _stop_asked:
             raise KeyboardInterrupt
         _stop_asked.append(signal.Signals(number).name)
 
-    before = [signal.signal(number, ask) for number in numbers]
+    before = [signal.signal(number, ask) for number in STOP_SIGNALS]
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in zip(STOP_SIGNALS, before, strict=True):
             signal.signal(number, handler)
 
 
 def ignore_stop_signals(_worker: int = 0) -> None:
     """For data loading processes: a signal to the whole process group is for the run, which ends them itself."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from timm.data import IterableImageDataset
 from timm.data.auto_augment import rand_augment_choices, rand_augment_ops
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data._utils import signal_handling
 
 import datasets
 from datasets import (
@@ -311,6 +314,20 @@ def make_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), each: int
             for k in range(each):
                 Image.new("RGB", (20, 20), (50 * number, 60 * k, 9)).save(folder / f"{k}.{ending}")
     return root
+
+
+def test_a_loading_process_survives_a_stop_signal_at_its_start(monkeypatch: pytest.MonkeyPatch):
+    """The signal comes after torch has set its handlers, of which SIGTERM's would end the process, and before ours."""
+    set_handlers = signal_handling._set_worker_signal_handlers
+
+    def set_handlers_and_receive_a_signal():
+        set_handlers()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", set_handlers_and_receive_a_signal)
+    batches = eval_loader(digits(), CONFIG, batch_size=16, workers=1)
+    assert sum(len(targets) for _, targets in batches) == 48
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()  # only that process has the signals blocked
 
 
 @pytest.mark.parametrize("name", datasets.FOLDER_NAMES)
