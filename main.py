@@ -148,7 +148,7 @@ def trained_network(args: argparse.Namespace, whole: Network, num_classes: int) 
             if whole.is_subnetwork:
                 raise UserError(f"{args.checkpoint} is a sub-network: piad starts from contracted weights")
             make_elastic(whole.model)
-        return replace(whole, method="piad" if args.stage == "piad" else None, averaged=False)
+        return replace(whole, method="piad" if args.stage == "piad" else None, averaged=False, target="logits")
     op_codes = chosen_op_codes(args, whole)
     if len(op_codes) != 1 or not (asks_for_size(args) or whole.is_subnetwork):
         raise UserError(
@@ -157,7 +157,7 @@ def trained_network(args: argparse.Namespace, whole: Network, num_classes: int) 
         )
     small = whole.subnetwork(op_codes[0], grade="refitted" if args.refit else whole.grade)
     fit_head(small.model, num_classes, remake=True)
-    return small
+    return replace(small, target="logits")
 
 
 def check_processes(before: int, progress: Progress, steps: int) -> None:

@@ -18,7 +18,7 @@ from logs import TensorBoard
 from models.backbone import Backbone, full_widths
 from models.extraction import extract
 from models.loading import fit_head
-from models.taylor import COSTS
+from models.targets import COSTS, LABELLED, TARGETS, default_cost
 from supernet.contraction import METHODS, Contraction, contract_network, save_contracted
 from utils import UserError, init_processes, is_main_process, peak_memory, run_program, say, seed_everything
 from wpac.compensation import DAMPING
@@ -41,7 +41,10 @@ def main() -> None:
     if network.is_subnetwork:
         raise UserError(f"{args.checkpoint} is a sub-network: contract the whole network")
     model = network.model.to(device)
-    if args.cost != "pred" or model.num_classes == 0:
+    network.target = args.target or network.target
+    paper = args.method == "paper" and network.target == "logits"
+    cost = args.cost or ("logit" if paper else default_cost(network.target))
+    if val or cost in LABELLED:
         fit_head(model, images.num_classes, remake=False)
     loading = {"batch_size": args.batch_size, "workers": args.workers}
     proxy_images = proxy_set(images, args.proxy_samples, args.seed)
@@ -52,15 +55,15 @@ def main() -> None:
     contraction = contract_network(
         network,
         proxy,
-        cost=args.cost,
         method=args.method,
+        cost=cost,
         basis=args.basis,
         order=args.order,
         damping=args.damping,
         dropout_ratio=args.dropout_ratio if args.mask_table else None,
     )
-    facts = facts_of(args, contraction) | {"proxy_samples": len(proxy_images)}
-    report(facts)
+    facts = facts_of(args, contraction) | {"cost": cost, "proxy_samples": len(proxy_images)}
+    report(facts, network.target)
     if val:
         facts["top1"] = top1 | truncated_top1(model, val_batches, device)
         for name, value in facts["top1"].items():
@@ -74,11 +77,18 @@ def parse_arguments() -> argparse.Namespace:
     add_common_arguments(parser)
     group = parser.add_argument_group("WPAC")
     group.add_argument(
+        "--target",
+        choices=TARGETS,
+        help="what sub-networks keep of the whole network: logits, features (pooled, as the head would get them), or "
+        "tokens (all of them after the last norm, for dense tasks) (default: logits; tokens where there is no head)",
+    )
+    group.add_argument(
         "--cost",
         choices=COSTS,
-        default="logit",
-        help="the cost whose gradient weighs the tokens: logit of the true class, ce = cross-entropy, pred = the "
-        "largest logit, for images without labels (default: %(default)s)",
+        help="the cost whose gradient weighs the tokens. With labels: logit of the true class, ce = cross-entropy. "
+        "Without: pred = the largest logit, fisher = cross-entropy of a class drawn from the prediction; signs = the "
+        "features or tokens times random signs (default: logit; fisher with --method best; signs for features and "
+        "tokens)",
     )
     group.add_argument("--no-eval", action="store_true", help="skip the evaluation on val/")
     group.add_argument(
@@ -116,8 +126,8 @@ def facts_of(args: argparse.Namespace, contraction: Contraction) -> dict:
     """What contracted.json says of how the weights were made, besides the description of the network."""
     facts = {
         "checkpoint": str(args.checkpoint or "timm pretrained"),
-        **{key: getattr(args, key) for key in ("cost", "basis", "order", "seed")},
-        "logit_difference": contraction.difference,
+        **{key: getattr(args, key) for key in ("basis", "order", "seed")},
+        "target_difference": contraction.difference,
         "shares": shares_of(contraction.spectra),
     }
     if args.method == "best":
@@ -136,9 +146,9 @@ def shares_of(spectra: dict[str, torch.Tensor]) -> dict[str, dict[str, list[floa
     return shares
 
 
-def report(facts: dict) -> None:
+def report(facts: dict, target: str) -> None:
     """Prints what contraction found."""
-    say(f"largest difference of the logits before and after: {facts['logit_difference']:.1e} of the largest logit")
+    say(f"largest difference of the {target} before and after: {facts['target_difference']:.1e} of the largest value")
     for key in facts.get("not_compensated", []):
         say(f"{key} is cut without compensation, which makes the proxy images worse; more of them may help")
     say(f"share of {MEASURES[facts['basis']]} (MLP: of importance) in the first 1/4, 1/2, 3/4 of the dims:")

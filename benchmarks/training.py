@@ -30,7 +30,8 @@ from models.backbone import modules_of
 from models.elastic import make_elastic, set_widths
 from models.extraction import extract
 from models.macs import count_macs, count_params
-from models.taylor import COSTS, collect
+from models.targets import COSTS
+from models.taylor import collect
 from utils import synchronize
 from wpac.statistics import collect_statistics
 
@@ -83,7 +84,7 @@ def statistics_work(args: argparse.Namespace, device: torch.device) -> dict[str,
     def plain() -> None:
         for batch, target in batches:
             model.zero_grad()
-            COSTS["logit"](model(batch), target).backward()
+            COSTS["logit"](model(batch), target, ()).backward()
         model.zero_grad()
 
     return {

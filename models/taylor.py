@@ -8,19 +8,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from utils import reduce_sum
+from utils import reduce_sum, world
 
 from .backbone import Backbone, Module, last_layer, modules_of, value_bias, value_layer
 from .subnetwork import blocks_of
-
-# Name -> cost C of logits (B, classes) and targets (B,), summed over the batch.
-COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "logit": lambda logits, target: logits.gather(1, target[:, None]).sum(),
-    "ce": lambda logits, target: F.cross_entropy(logits, target, reduction="sum"),
-    "pred": lambda logits, target: logits.amax(dim=1).sum(),
-}
+from .targets import COSTS, output_of
 
 
 class Collector(Protocol):
@@ -121,23 +114,29 @@ def collect(
     batches: Iterable[tuple[Tensor, Tensor]],
     cost: str,
     last_layers: dict[str, Collector] | None = None,
+    target: str = "logits",
 ) -> None:
     """Runs forward and backward passes over the batches once and feeds the collectors.
 
-    Runs in eval mode and without autocast, in the dtype of the model.
+    Runs in eval mode and without autocast, in the dtype of the model. What a cost draws at random depends on the place
+    of the image in the proxy set, of which rank r of R takes every R-th image from the r-th on.
 
     Args:
         model, collectors, last_layers: See feed_collectors().
-        batches: Images (B, C, height, width) and targets (B,).
-        cost: Key of COSTS, the cost C whose gradient is taken.
+        batches: Images (B, C, height, width) and labels (B,).
+        cost: Key of targets.COSTS, the cost C whose gradient is taken.
+        target: Of targets.TARGETS, the output that C is a function of.
     """
     device = next(model.parameters()).device
-    was_training = model.training
+    rank, ranks = world()
+    seen, was_training = 0, model.training
     model.eval()
     with feed_collectors(model, collectors, last_layers), torch.autocast(device.type, enabled=False):
-        for images, targets in batches:
-            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            COSTS[cost](model(images), targets).backward()
+        for images, labels in batches:
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            places = range(rank + ranks * seen, rank + ranks * (seen + len(images)), ranks)
+            COSTS[cost](output_of(model, images, target), labels, places).backward()
+            seen += len(images)
     model.train(was_training)
 
 

@@ -104,7 +104,7 @@ def dimension_importance(model: Backbone, batches: Batches, cost: str = "logit")
     Args:
         model: The smallest network so far, extracted.
         batches: Proxy images (B, C, height, width) and targets (B,).
-        cost: Key of models.taylor.COSTS.
+        cost: Key of models.targets.COSTS.
 
     Returns:
         Module key -> alpha (width,), for every module that is not bypassed.

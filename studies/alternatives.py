@@ -37,7 +37,7 @@ from engine import evaluate
 from files import load_checkpoint
 from models.backbone import create_backbone, full_widths
 from models.macs import count_macs
-from models.taylor import COSTS
+from models.targets import COSTS
 from piad.mask_table import MaskTable
 from studies.common import Results, facts_of, model_and_data_flags, parse_training_arguments, run_entry_point
 from studies.plots import plot_alternatives
@@ -215,7 +215,7 @@ def _pruned(base: VisionTransformer, batches: list[Any], ratio: float) -> Vision
         num_heads={block.attn.qkv: block.attn.num_heads for block in model.blocks},
     )
     for images, targets in batches:
-        (-COSTS["ce"](model(images), targets)).backward()
+        (-COSTS["ce"](model(images), targets, ())).backward()
     for group in pruner.step(interactive=True):
         group.prune()
     for block in model.blocks:

@@ -49,7 +49,7 @@ class Setting:
     """One measurement.
 
     criterion: "wpac" or one of CRITERIA.  weighting: of the tokens, a key of WEIGHTINGS.
-    proxy: number of proxy images.  cost: a key of models.taylor.COSTS.
+    proxy: number of proxy images.  cost: a key of models.targets.COSTS.
     cut: "attn", only its "qk" or only its "v", "mlp", or "all".
     """
 

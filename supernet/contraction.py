@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets import preprocessing as default_preprocessing
 from files import write_text
 from image_folders import image_files
 from models.backbone import Backbone, check_supported, create_backbone, full_widths, modules_of
 from models.macs import count_macs
+from models.targets import check_cost, check_target, default_cost, default_target, output_of
 from piad.dropout_list import grow, units_of
 from piad.mask_table import MASK_TABLE, MaskTable
 from utils import UserError, is_main_process, progress_bar, say
@@ -43,7 +44,7 @@ class Contraction:
     """What contraction found besides the network, which is changed in place.
 
     spectra: module key -> share of variance or importance of each dim (wpac.transform.contract()).  difference: of the
-    outputs before and after, relative to the largest.  not_compensated: modules that are cut without compensation.
+    target before and after, relative to the largest value.  not_compensated: modules that are cut without compensation.
     seconds: of the pass over the images.
     """
 
@@ -58,6 +59,7 @@ def contract(
     images: Path | str | Iterable[Any],
     *,
     method: str = "best",
+    target: str | None = None,
     dropout_ratio: float = 0.92,
     samples: int = 1024,
     batch_size: int = 64,
@@ -70,6 +72,8 @@ def contract(
     images: a folder with image files anywhere below it, or an iterable of PIL images, of tensors (C, height, width), or
     of batches (B, C, height, width); tensors are taken as they are. At most `samples` of them are used.
     method: "best" (see docs/SIZES.md), or "paper", whose mask table holds only the whole network until PIAD trains it.
+    target: what sub-networks keep of the whole network: "logits", "features" (pooled) or "tokens" (all tokens after the
+    last norm); by default the logits, or the tokens of a model without a head.
     dropout_ratio: share of the MACs that the mask table can drop.
     model_kwargs: the arguments that timm.create_model() was given besides the name, where they cannot be read off the
     model.
@@ -77,8 +81,9 @@ def contract(
     Raises UserError for a model that is not supported, and where there is no image.
     """
     network = network_of(model, model_kwargs, preprocessing)
+    network.target = target or network.target
     batches = _batches(images, network, batch_size, samples)
-    contract_network(network, batches, cost="pred", method=method, dropout_ratio=dropout_ratio)
+    contract_network(network, batches, method=method, dropout_ratio=dropout_ratio)
     return network
 
 
@@ -86,40 +91,43 @@ def contract_network(
     network: Network,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    cost: str,
     method: str,
+    cost: str | None = None,
     basis: str | None = None,
     order: str | None = None,
     damping: float = DAMPING,
     dropout_ratio: float | None = None,
 ) -> Contraction:
-    """Contracts a network, in place, and checks that its output stays what it was.
+    """Contracts a network for its target, in place, and checks that the target stays what it was.
 
-    batches: images (B, C, height, width) and targets (B,), which the cost "pred" does not use.  basis, order: instead
-    of the method's (wpac.transform.contract()).  dropout_ratio: with method "best", also make a mask table that can
-    drop this share of the MACs. Raises UserError where the output changes by more than LIMIT or is not finite.
+    batches: images (B, C, height, width) and labels (B,), which only the costs of models.targets.LABELLED use.
+    cost: a key of models.targets.COSTS (default: one that needs no labels).  basis, order: instead of the method's
+    (wpac.transform.contract()).  dropout_ratio: with method "best", also make a mask table that can drop this share of
+    the MACs. Raises UserError for a target or a cost that do not fit, and where the output changes by more than LIMIT
+    or is not finite.
     """
-    model = network.model
-    if not model.num_classes:
-        raise UserError("the model has no classifier head, and contraction needs logits: give a classifier")
+    model, target = network.model, network.target
+    check_target(model, target)
+    cost = cost or default_cost(target)
+    check_cost(cost, target)
     basis, order = (given or default for given, default in zip((basis, order), METHODS[method], strict=True))
     total, batches = len(batches) if hasattr(batches, "__len__") else None, iter(batches)
     first = next(batches, None)
     if first is None:
         raise UserError("there is no image to take statistics on")
     probe = first[0].to(next(model.parameters()).device)
-    before, start = _output(model, probe), time.perf_counter()
+    before, start = _output(model, probe, target), time.perf_counter()
     if not before.isfinite().all():
         raise UserError(
             "the output of the model is not finite: its weights hold NaN, or are out of the range of their dtype"
         )
     outputs = method == "best" or "fisher" in (basis, order)
     bar = progress_bar(itertools.chain([first], batches), "statistics", total=total)
-    statistics = collect_statistics(model, bar, cost, squared=order == "hessian", outputs=outputs)
+    statistics = collect_statistics(model, bar, cost, squared=order == "hessian", outputs=outputs, target=target)
     seconds = time.perf_counter() - start
     spectra = contract_weights(model, statistics, basis, order, damping)
     without = compensate(model, statistics.outputs, damping) if method == "best" else []
-    difference = ((_output(model, probe) - before).abs().max() / before.abs().max()).item()
+    difference = ((_output(model, probe, target) - before).abs().max() / before.abs().max()).item()
     if not difference <= LIMIT:  # a NaN is not below the limit
         raise UserError(
             f"contraction changed the output by {difference:.1e} of its largest value, more than {LIMIT:g}: nothing "
@@ -136,8 +144,8 @@ def contract_network(
 
 
 @torch.inference_mode()
-def _output(model: nn.Module, images: Tensor) -> Tensor:
-    return model.eval()(images).double()
+def _output(model: Backbone, images: Tensor, target: str) -> Tensor:
+    return output_of(model.eval(), images, target).double()
 
 
 def save_contracted(network: Network, folder: Path, facts: dict[str, Any], with_table: bool) -> None:
@@ -186,7 +194,8 @@ def network_of(
             "arguments that it was made with"
         )
     config = plain(default_preprocessing(model, preprocessing or {}))
-    return Network(model.eval(), MaskTable([full_widths(model)]), name, kwargs, config)
+    table = MaskTable([full_widths(model)])
+    return Network(model.eval(), table, name, kwargs, config, default_target(model))
 
 
 def _inferred_kwargs(model: Backbone, name: str) -> dict[str, Any]:

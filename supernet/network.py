@@ -28,13 +28,14 @@ from .selection import count_sizes, evenly_spaced, largest_within
 class Network:
     """What supernet.load(), create() and contract() give.
 
-    model: images (B, C, height, width) to logits (B, classes).  table: op code -> widths; of a sub-network, op code 0
-    alone.  name, model_kwargs: timm's, of the whole backbone.  preprocessing: timm's data configuration (input_size,
-    mean, std, interpolation, crop_pct, crop_mode).  target: the output that sub-networks keep, "logits".  method: how
-    the super-network was made: "paper", "best", "piad", or None.  grade: of its sub-networks, "cut" or "compensated";
-    of a sub-network, how it was made.  averaged: whether these are averaged (EMA) weights.  stamp: what the mask table
-    and the compensation that belong to the weights carry, too.  source: the file of the weights.  facts: everything
-    else that is written down with the weights.
+    model: images (B, C, height, width) to logits (B, classes), or to features (B, D) where it has no head.  table: op
+    code -> widths; of a sub-network, op code 0 alone.  name, model_kwargs: timm's, of the whole backbone.
+    preprocessing: timm's data configuration (input_size, mean, std, interpolation, crop_pct, crop_mode).  target: the
+    output that sub-networks keep, "logits", "features" or "tokens" (see models.targets).  method: how the super-network
+    was made: "paper", "best", "piad", or None.  grade: of its sub-networks, "cut" or "compensated"; of a sub-network,
+    how it was made.  averaged: whether these are averaged (EMA) weights.  stamp: what the mask table and the
+    compensation that belong to the weights carry, too.  source: the file of the weights.  facts: everything else that
+    is written down with the weights.
     """
 
     model: Backbone = field(repr=False)
@@ -42,7 +43,7 @@ class Network:
     name: str
     model_kwargs: dict[str, Any]
     preprocessing: dict[str, Any]
-    target: str = "logits"
+    target: str
     method: str | None = None
     grade: str = "cut"
     averaged: bool = False

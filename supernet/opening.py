@@ -9,6 +9,7 @@ from datasets import preprocessing as default_preprocessing
 from files import CheckpointFolder, load_checkpoint, weights_of
 from models.backbone import ALIASES, Backbone, create_backbone, create_subnetwork, full_widths
 from models.loading import head_size, load_weights, prepared
+from models.targets import check_target, default_target
 from piad.mask_table import MASK_TABLE, MaskTable
 from utils import UserError
 from wpac.compensation import COMPENSATION, load_compensation
@@ -79,7 +80,7 @@ def load(
         name=name,
         model_kwargs=kwargs,
         preprocessing=_preprocessing(facts, source, preprocessing or {}, model),
-        target=facts.get("target", "logits"),
+        target=_target(facts, source, model),
         method=facts.get("method"),
         grade=facts.get("grade", "cut"),
         averaged=use_ema or bool(facts.get("averaged_weights")),
@@ -115,7 +116,8 @@ def create(
     model = create_backbone(name, pretrained=pretrained, **kwargs, **more)
     config = plain(default_preprocessing(model, preprocessing or {}))
     name = ALIASES.get(name, name)
-    return Network(model.eval(), MaskTable([full_widths(model)]), name, kwargs, config)
+    table = MaskTable([full_widths(model)])
+    return Network(model.eval(), table, name, kwargs, config, default_target(model))
 
 
 def _weights_at(path: Path, plain_weights: bool) -> Path:
@@ -146,6 +148,15 @@ def _preprocessing(facts: dict[str, Any], source: Path, given: dict[str, Any], m
         flags |= {key: value for key, value in given.items() if value is not None}
         return plain(default_preprocessing(model, flags))
     return agreed_preprocessing(plain(known), source, given, model)
+
+
+def _target(facts: dict[str, Any], source: Path, model: Backbone) -> str:
+    target = facts.get("target") or default_target(model)
+    try:
+        check_target(model, target)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    return target
 
 
 def _add_sizes(network: Network, state: dict[str, Any], mask_table: Path | None, compensate: bool | None) -> None:

@@ -54,7 +54,7 @@ def loss_of(model: torch.nn.Module) -> float:
 
 def test_the_function_stays_and_what_was_done_is_written_down(road: Road, best: Path):
     facts = json.loads((best / "contracted.json").read_text())
-    assert facts["logit_difference"] < 1e-5
+    assert facts["target_difference"] < 1e-5
     assert (facts["method"], facts["basis"], facts["order"]) == ("best", "fisher", "fisher")
     assert facts["not_compensated"] == []
     before = tiny_digits_model()
@@ -132,7 +132,7 @@ def test_basis_and_order_can_be_chosen_apart(road: Road, tmp_path: Path):
     for flags in ([], ["--basis", "fisher"], ["--order", "fisher"], ["--order", "hessian"]):
         folder = tmp_path / "-".join(flags)
         run("reparam.py", *COMMON, *PROXY, *flags, "--no-eval", "--checkpoint", checkpoint, "--output-dir", folder)
-        assert json.loads((folder / "contracted.json").read_text())["logit_difference"] < 1e-5
+        assert json.loads((folder / "contracted.json").read_text())["target_difference"] < 1e-5
         found["-".join(flags)] = load_file(folder / "contracted.safetensors")
     plain = found[""]
     for flags, weights in found.items():

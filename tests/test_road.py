@@ -105,7 +105,7 @@ def test_wpac_says_how_it_was_made(road: Road):
     facts = json.loads((road.reparamed / "contracted.json").read_text())
     assert facts["model"] == NAME and facts["model_kwargs"] == {**MODEL_KWARGS, "num_classes": 10}
     assert (facts["proxy_samples"], facts["cost"], facts["averaged_weights"]) == (64, "logit", False)
-    assert facts["checkpoint"].endswith("pretrained/checkpoint_3.pth") and 0 < facts["logit_difference"] < 1e-5
+    assert facts["checkpoint"].endswith("pretrained/checkpoint_3.pth") and 0 < facts["target_difference"] < 1e-5
     whole = measured(model_of(road.weights(road.contracted)))["top1"]
     assert facts["top1"]["before"] == facts["top1"]["after"] == pytest.approx(whole)
     assert len(facts["top1"]) == 5

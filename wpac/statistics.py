@@ -132,11 +132,12 @@ def collect_statistics(
     squared: bool = False,
     outputs: bool = False,
     token_collector: type[TokenCollector] = TokenCollector,
+    target: str = "logits",
 ) -> Statistics:
     """Runs the model forward and backward on the batches and collects its Statistics, summed over all ranks.
 
-    batches: the proxy set, as (images (B, C, height, width), targets (B,)).
-    cost: C, whose gradient weighs the tokens, a key of models.taylor.COSTS.
+    batches: the proxy set, as (images (B, C, height, width), labels (B,)).
+    cost: C, whose gradient weighs the tokens, a key of models.targets.COSTS; target: what C is a function of.
     squared: whether the importance of hidden units is the mean of (g * h)^2 instead of |g * h|.
     outputs: whether to collect Statistics.outputs and TokenMoments.gradient, which compensation and the method "best"
     need.
@@ -147,7 +148,7 @@ def collect_statistics(
     tokens = {key: token_collector(m, device, outputs) for key, m in modules.items() if m.kind == "attn"}
     units = {key: TaylorImportance(m, device, squared) for key, m in modules.items() if m.kind == "mlp"}
     last = {key: OutputCollector(module, device) for key, module in modules.items()} if outputs else {}
-    collect(model, {**tokens, **units}, batches, cost, last)
+    collect(model, {**tokens, **units}, batches, cost, last, target)
     return Statistics(
         {key: collector.finalize() for key, collector in tokens.items()},
         {key: collector.finalize() for key, collector in units.items()},
