@@ -2,6 +2,7 @@
 
     python -m studies.contraction --name vit_small_cifar10 --data-path DIR --checkpoint FILE ...
     python -m studies.contraction --part proxies ...        64, 256 and 1,024 proxy images, several dampings
+    python -m studies.contraction --part costs ...          the costs whose gradient the method "best" uses
     python -m studies.contraction --part apart ...          attention only, with other widths for q and k than for v
 
 Measures top-1 (percent) on val/ and the KL divergence of the outputs from those of the whole network, for each method
@@ -70,10 +71,17 @@ def sort_by(criterion: str, model: VisionTransformer, batches: Batches, _damping
 
 
 def contract_by(
-    basis: str, order: str, centre: bool, compensation: bool, model: VisionTransformer, batches: Batches, damping: float
+    basis: str,
+    order: str,
+    centre: bool,
+    compensation: bool,
+    model: VisionTransformer,
+    batches: Batches,
+    damping: float,
+    cost: str = "logit",
 ) -> Contracted:
     """Contracts the model as reparam.py does; basis and order as for wpac.contract()."""
-    statistics = collect_statistics(model, batches, outputs=centre or compensation)
+    statistics = collect_statistics(model, batches, cost, outputs=centre or compensation)
     contract(model, statistics, basis, order, damping)
     if centre:
         centre_values(model, statistics)
@@ -130,6 +138,8 @@ PREPARE: dict[str, Callable[[VisionTransformer, Batches, float], Contracted]] = 
     "best": partial(contract_by, "fisher", "fisher", False, True),
     "rounded": best_in_half_precision,
 }
+BEST_COSTS = ("logit", "ce", "pred", "fisher")
+PREPARE |= {f"best_{cost}": partial(PREPARE["best"], cost=cost) for cost in BEST_COSTS}
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,9 @@ METHODS = {
     "best, allocation": Method("best", widths="allocation"),
     "best, allocation, refitted": Method("best", refitted=True, widths="allocation"),
 }
+COST_METHODS = {f"best, cost {cost}": Method(f"best_{cost}") for cost in BEST_COSTS}
+COST_METHODS |= {f"{name}, allocation": replace(m, widths="allocation") for name, m in COST_METHODS.items()}
+METHODS |= COST_METHODS
 
 
 class Study(CutStudy):
@@ -284,7 +297,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = add_study_arguments(parser)
     group.add_argument(
-        "--part", choices=("methods", "proxies", "apart"), default="methods", help="see above (default: %(default)s)"
+        "--part",
+        choices=("methods", "proxies", "costs", "apart"),
+        default="methods",
+        help="see above (default: %(default)s)",
     )
     group.add_argument(
         "--proxies", type=positive, nargs="+", default=[64, 256, 1024], metavar="N", help="numbers of proxy images"
@@ -293,9 +309,9 @@ def parse_arguments() -> argparse.Namespace:
         "--methods",
         nargs="+",
         choices=METHODS,
-        default=METHODS,
+        default=[name for name in METHODS if name not in COST_METHODS],
         metavar="NAME",
-        help="methods to measure (default: all)",
+        help="methods to measure (default: all but those with a cost)",
     )
     group.add_argument(
         "--shares", type=share_type, nargs="+", default=SHARES, metavar="X", help="shares of the dims that are kept"
@@ -311,8 +327,8 @@ def main() -> None:
     results, whole = study.results, study.reference
     print(f"whole: top-1 {whole['top1']:.2f} % on {whole['images']} images, {whole['macs'] / 1e9:.3f} GMACs")
     for draw in progress_bar(args.draws, "draws"):
-        if args.part == "methods":
-            for method in args.methods:
+        if args.part in ("methods", "costs"):
+            for method in args.methods if args.part == "methods" else sorted(COST_METHODS):
                 study.measure(method, draw, args.proxy_samples, DAMPING, args.shares)
             continue
         if args.part == "apart":
