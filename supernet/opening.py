@@ -8,6 +8,7 @@ from typing import Any
 from datasets import preprocessing as default_preprocessing
 from files import CheckpointFolder, load_checkpoint, weights_of
 from models.backbone import ALIASES, Backbone, create_backbone, create_subnetwork, full_widths
+from models.layouts import say_differences
 from models.loading import head_size, load_weights, prepared
 from piad.mask_table import MASK_TABLE, MaskTable
 from utils import UserError
@@ -63,7 +64,8 @@ def load(
     is_subnetwork = "widths" in facts
     if is_subnetwork and (compensate or mask_table):
         raise UserError(f"{path} is a sub-network, which is cut already: leave --compensate and --mask-table out")
-    tensors = prepared(weights_of(state, weights, use_ema))
+    given = weights_of(state, weights, use_ema)
+    tensors = prepared(given)
     classes = head_size(tensors)
     # Weights of this project say how many classes they have; others without a head have none.
     kwargs = {**model_kwargs, "num_classes": classes} if classes or not facts else model_kwargs
@@ -73,6 +75,8 @@ def load(
     else:
         model = create_backbone(name, **timm_kwargs)
     load_weights(model, tensors, f"checkpoint {weights}", assign=is_subnetwork, convert=not facts)
+    if not facts:
+        say_differences(model, given, weights)
     network = Network(
         model=model.eval(),
         table=MaskTable([full_widths(model)]),
