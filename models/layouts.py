@@ -59,7 +59,7 @@ _TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed", "attn_pool.laten
 NOT_TAKEN = re.compile(
     r"(?:text_model|transformer|text|token_embedding|ln_final)\..*|positional_embedding|logit_(?:scale|bias)"
     r"|(?:text|visual)_projection.*|text_projection|visual\.(?:proj|head\..*)"
-    r"|(?:.*\.)?mask_token|decoder.*|(?:.*\.)?pooler\..*|attn_pool\..*|pre_logits\..*|projectors\..*|local_cls_norm\..*"
+    r"|(?:.*\.)?mask_token|decoder.*|(?:.*\.)?pooler\..*|(?:attn_pool|vision_model\.head)\..*|pre_logits\..*|projectors\..*|local_cls_norm\..*"
 )
 # What a model computes itself.
 BUFFERS = re.compile(
@@ -144,7 +144,7 @@ def _reshape(found: dict[str, Tensor]) -> None:
             found[f"classifier.{kind}"] = found.pop(f"head.{kind}")
     if "head.weight" in found:  # SigLIP's classifier takes the mean of the tokens, not the pooled one
         for key in [key for key in found if key.startswith("attn_pool.")]:
-            found[f"pooler.{key}"] = found.pop(key)
+            found[f"vision_model.head.{key}"] = found.pop(key)
     if "reg_token" in found and "pos_embed" in found:  # timm has no position for the class token beside registers
         found["cls_token"] = found["cls_token"] + found["pos_embed"][:, :1]
         found["pos_embed"] = found["pos_embed"][:, 1:]
@@ -163,7 +163,9 @@ def _stack(found: dict[str, Tensor], q: str, is_dinov3: bool) -> None:
 
 def say_not_taken(names: list[str], source: str) -> None:
     """Says in one line which tensors of a file are not taken, with their numbers."""
-    parts = (re.match(r"(?:.*\.)?mask_token|(?:visual\.)?[^.]+", name)[0] for name in names)
+    parts = (
+        re.match(r"embeddings\.mask_token|vision_model\.head|(?:visual\.)?[^.]+", name)[0] for name in sorted(names)
+    )
     found = [f"{part} ({count})" if count > 1 else part for part, count in Counter(parts).items()]
     if found:
         say(f"{source}: not taken, since the model has no such part: {', '.join(found)}")
