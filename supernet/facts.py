@@ -34,7 +34,7 @@ def named(name: str) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
     Raises UserError where the hub does not give them, or names a model that is not supported.
     """
     if ":" not in name:
-        return ALIASES.get(name, name), {}, None
+        return name, {}, None
     try:
         found = timm.models.resolve_model_input_args(name)
     except Exception as error:  # the hub's errors are of many types

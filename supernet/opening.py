@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import preprocessing as default_preprocessing
 from files import CheckpointFolder, load_checkpoint, weights_of
-from models.backbone import Backbone, create_backbone, create_subnetwork, full_widths
+from models.backbone import ALIASES, Backbone, create_backbone, create_subnetwork, full_widths
 from models.layouts import say_differences
 from models.loading import head_size, load_weights, prepared
 from piad.mask_table import MASK_TABLE, MaskTable
@@ -123,7 +123,7 @@ def create(
     more = {"drop_path_rate": drop_path} if drop_path else {}
     model = create_backbone(name, pretrained=pretrained, pretrained_cfg=hub_config, **as_tuples(kwargs), **more)
     config = plain(default_preprocessing(model, preprocessing or {}))
-    return Network(model.eval(), MaskTable([full_widths(model)]), name, kwargs, config)
+    return Network(model.eval(), MaskTable([full_widths(model)]), ALIASES.get(name, name), kwargs, config)
 
 
 def _weights_at(path: Path, plain_weights: bool) -> Path:
