@@ -19,7 +19,7 @@ from utils import say
 from .subnetwork import blocks_of
 
 # Hugging Face's names and timm's, of their versions 4 and 5, within the vision tower and within its blocks; ".weight"
-# and ".bias" stay as they are. ViT, MAE, DeiT, DINOv2, DINOv3, CLIP, SigLIP and Swin share them.
+# and ".bias" stay as they are. ViT, MAE, DeiT, DINOv2, DINOv3, CLIP, SigLIP, Swin and Swin v2 share them.
 NAMES = {
     r"embeddings\.(?:cls_token|class_embedding)": "cls_token",
     r"embeddings\.distillation_token": "dist_token",
@@ -28,7 +28,7 @@ NAMES = {
     r"embeddings\.(?:patch_embedding|patch_embeddings|patch_embeddings\.projection)": "patch_embed.proj",
     r"embeddings\.norm": "patch_embed.norm",
     r"pre_layrnorm": "norm_pre",
-    r"layernorm|post_layernorm|norm": "norm",
+    r"layernorm|post_layernorm": "norm",
     r"layernorm_before|layer_norm1|norm1": "norm1",
     r"layernorm_after|layer_norm2|norm2": "norm2",
     r"attention\.(?:attention|self)\.query|(?:attention|self_attn)\.q_proj": "attn.q",
@@ -36,6 +36,8 @@ NAMES = {
     r"attention\.(?:attention|self)\.value|(?:attention|self_attn)\.v_proj": "attn.v",
     r"attention\.output\.dense|attention\.o_proj|self_attn\.out_proj": "attn.proj",
     r"attention\.(?:self|relative_position_bias)\.(relative_position_bias_table)": r"attn.\1",
+    r"attention\.self\.(logit_scale)": r"attn.\1",
+    r"attention\.self\.continuous_position_bias_mlp\.([02])": r"attn.cpb_mlp.\1",
     r"layer_scale([12])\.lambda1": r"ls\1.gamma",
     r"intermediate\.dense|mlp\.(?:fc1|weights_in|up_proj)": "mlp.fc1",
     r"mlp\.gate_proj": "mlp.fc1_g",
@@ -87,14 +89,14 @@ def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     tower = patches[1] or ""
     around = "".join(tower[:-1].rpartition(".")[:2])  # of "model.vit.", "model.": where a classifier is
     found: dict[str, Tensor] = {}
-    for key, value in weights.items():
-        name = _timm_name(key.removeprefix(tower if key.startswith(tower) else around))
-        if name in found:
-            return weights
-        found[name] = value
     try:
+        for key, value in weights.items():
+            name = _timm_name(key.removeprefix(tower if key.startswith(tower) else around))
+            if name in found:
+                return weights
+            found[name] = value
         _reshape(found)
-    except (RuntimeError, IndexError):  # shapes that no such model has: of another architecture
+    except (RuntimeError, LookupError, ValueError):  # of no such model: the weights will not fit any
         return weights
     return found
 
@@ -121,44 +123,44 @@ def _reshape(found: dict[str, Tensor]) -> None:
     for key in found.keys() & {*_TOKENS}:
         found[key] = found[key].reshape(1, -1, found[key].shape[-1])
     is_swin = any(key.startswith("layers.") for key in found)
-    is_dinov3 = "pos_embed" not in found and not is_swin
-    for key in [key for key in found if ".attn.q." in key]:
-        _stack(found, key, is_dinov3)
-    for key in [key for key in found if ".mlp.fc1_g." in key]:  # the gate of a SwiGLU
-        hidden = key.replace("fc1_g", "fc1")
-        if is_dinov3:
-            found[key.replace("fc1_g", "fc1_x")] = found.pop(hidden)
-        else:
+    is_dinov3, is_clip = "pos_embed" not in found and not is_swin, "norm_pre.weight" in found
+    has_head = "head.weight" in found
+    for key in [*found]:
+        if ".attn.q." in key:
+            _stack(found, key)
+        elif ".mlp.fc1_g." in key and is_dinov3:  # timm keeps the gate of a SwiGLU apart
+            found[key.replace("fc1_g", "fc1_x")] = found.pop(key.replace("fc1_g", "fc1"))
+        elif ".mlp.fc1_g." in key:
+            hidden = key.replace("fc1_g", "fc1")
             found[hidden] = torch.cat([found.pop(key), found[hidden]])
-    for key in [key for key in found if is_dinov3 and key.endswith((".ls1.gamma", ".ls2.gamma"))]:
-        found[re.sub(r"ls(\d)\.gamma", r"gamma_\1", key)] = found.pop(key)
-    for kind in ("weight", "bias"):
-        if f"attn_pool.in_proj.{kind}" in found:
-            q, k, v = found.pop(f"attn_pool.in_proj.{kind}").chunk(3)
-            found[f"attn_pool.q.{kind}"], found[f"attn_pool.kv.{kind}"] = q, torch.cat([k, v])
-        if f"head.{kind}" in found and is_swin:
-            found[f"head.fc.{kind}"] = found.pop(f"head.{kind}")
-        if (
-            f"head.{kind}" in found and "norm_pre.weight" in found
-        ):  # CLIP's classifier takes what no model of timm gives
-            found[f"classifier.{kind}"] = found.pop(f"head.{kind}")
-    if "head.weight" in found:  # SigLIP's classifier takes the mean of the tokens, not the pooled one
-        for key in [key for key in found if key.startswith("attn_pool.")]:
+        elif is_dinov3 and key.endswith(("ls1.gamma", "ls2.gamma")):
+            found[re.sub(r"ls(\d)\.gamma", r"gamma_\1", key)] = found.pop(key)
+        elif key.startswith("attn_pool.") and has_head:
+            # SigLIP's classifier takes the mean of the tokens, not the pooled output.
             found[f"vision_model.head.{key}"] = found.pop(key)
-    if "reg_token" in found and "pos_embed" in found:  # timm has no position for the class token beside registers
-        found["cls_token"] = found["cls_token"] + found["pos_embed"][:, :1]
-        found["pos_embed"] = found["pos_embed"][:, 1:]
+        elif key.startswith("attn_pool.in_proj."):
+            q, k, v = found.pop(key).chunk(3)
+            kind = key.rpartition(".")[2]
+            found[f"attn_pool.q.{kind}"], found[f"attn_pool.kv.{kind}"] = q, torch.cat([k, v])
+        elif key.startswith("head.") and is_swin:
+            found[key.replace("head", "head.fc")] = found.pop(key)
+        elif key.startswith("head.") and is_clip:
+            # CLIP's classifier takes what no model of timm gives: refused under its own name.
+            found[key.replace("head", "classifier")] = found.pop(key)
+    if {"reg_token", "cls_token", "pos_embed"} <= found.keys():
+        first, others = found["pos_embed"].tensor_split([1], dim=1)
+        if first.shape == found["cls_token"].shape:  # timm has no position for the class token beside registers
+            found["cls_token"], found["pos_embed"] = found["cls_token"] + first, others
 
 
-def _stack(found: dict[str, Tensor], q: str, is_dinov3: bool) -> None:
-    """One tensor for q, k and v, as far as the file has them; the biases of a DINOv3 lie beside, and k has none."""
+def _stack(found: dict[str, Tensor], q: str) -> None:
+    """One tensor for q, k and v; without a bias for k (DINOv3, Swin v2), those of q and v lie beside."""
     keys = [q.replace(".q.", f".{part}.") for part in "qkv"]
     if all(key in found for key in keys):
         found[q.replace(".q.", ".qkv.")] = torch.cat([found.pop(key) for key in keys])
-    elif is_dinov3 and keys[1] not in found and q.endswith(".bias"):
+    elif q.endswith(".bias") and keys[1] not in found and keys[2] in found:
         for part, key in (("q", keys[0]), ("v", keys[2])):
-            if key in found:
-                found[key.replace(f".{part}.bias", f".{part}_bias")] = found.pop(key)
+            found[key.replace(f".{part}.bias", f".{part}_bias")] = found.pop(key)
 
 
 def say_not_taken(names: list[str], source: str) -> None:

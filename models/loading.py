@@ -99,9 +99,9 @@ def _converted(model: nn.Module, weights: dict[str, Tensor], source: str) -> tup
     try:
         with contextlib.redirect_stdout(None):  # timm prints a line for each bias that the model does not have
             found = convert(taken | by_its_mask, model)
+        found = {key: value for key, value in found.items() if key not in by_its_mask} | _lost(model, weights, found)
     except Exception:  # many types, for weights of another architecture
         return weights, []
-    found = {key: value for key, value in found.items() if key not in by_its_mask} | _lost(model, weights, found)
     if not _difference(model, found):
         _say_resampled(taken, found, source)
     return found, left_out

@@ -20,6 +20,7 @@ from tiny import draw_parameters, random_data, relative
 from torch import Tensor, nn
 
 import supernet
+from models.loading import load_weights, prepared
 from utils import UserError
 
 hf.logging.disable_progress_bar()
@@ -157,11 +158,15 @@ CASES = {
     ),
     "siglip_classifier": Case(
         lambda: hf.SiglipForImageClassification(two_towers("Siglip")),
-        *("vit_so400m_patch16_siglip_gap_256", THIN, classifier, "vision_model.head (13)"),
+        *("vit_so400m_patch16_siglip_gap_256", THIN, classifier, "vision_model.head (11)"),
     ),
     "swin": Case(
         lambda: hf.SwinForImageClassification(hf.SwinConfig(**SWIN, image_size=32, num_labels=5)),
         *("swin_tiny_patch4_window7_224", SWIN | {"img_size": 32}, classifier),
+    ),
+    "swinv2": Case(
+        lambda: hf.Swinv2ForImageClassification(hf.Swinv2Config(**SWIN, image_size=32, num_labels=5)),
+        *("swinv2_tiny_window8_256", SWIN | {"img_size": 32}, classifier),
     ),
     "swin_encoder": Case(
         lambda: hf.SwinModel(hf.SwinConfig(**SWIN, image_size=32)),
@@ -286,10 +291,22 @@ def test_what_is_missing_or_left_over_is_an_error(tmp_path, vit, change, message
         opened(tmp_path, "vit", weights)
 
 
+@pytest.mark.parametrize("case", ["deit", "dinov2_swiglu", "dinov2_registers", "dinov3_swiglu", "siglip", "swinv2"])
+def test_each_tensor_is_needed_and_has_to_have_its_shape(tmp_path, case):
+    weights = {key: value.clone() for key, value in draw_parameters(CASES[case].model()).state_dict().items()}
+    model = opened(tmp_path, case, weights)
+    for key in weights:
+        if not re.search(r"text_model|mask_token|^logit_(scale|bias)", key):
+            others = {name: value for name, value in weights.items() if name != key}
+            for changed in ({}, *({key: torch.ones(shape)} for shape in ((), (0,), (2,), (1, 1, 1, 1, 1)))):
+                with pytest.raises(UserError, match="this file is of another architecture"):
+                    load_weights(model, prepared(others | changed), "this file", convert=True)
+
+
 def test_a_classifier_of_what_timm_does_not_give_is_refused(tmp_path):
     """CLIP's takes the mean of tokens that are not normed, DINOv2's two tokens, SigLIP's not the pooled output."""
     models = {
-        "clip": (hf.CLIPForImageClassification(two_towers("CLIP")), "classifier.weight is (5, 48) there, absent"),
+        "clip": (hf.CLIPForImageClassification(two_towers("CLIP")), "classifier.bias is (5,) there, absent"),
         "dinov2": (hf.Dinov2ForImageClassification(hf.Dinov2Config(**SIZES)), "head.weight is (2, 96) there, (2, 48)"),
         "siglip": (CASES["siglip_classifier"].model(), "attn_pool.latent is absent there"),
     }

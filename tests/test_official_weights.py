@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from programs import ROOT
 from safetensors.torch import save_file
 from tiny import SHAPE, draw_parameters, random_data, relative
 from torch import Tensor, nn
 
 import supernet
-from models.backbone import create_backbone
+from models.backbone import create_backbone, family_named
 from supernet.facts import named
 from utils import UserError
 
@@ -196,6 +197,14 @@ def test_a_pooling_that_the_named_model_does_not_have_is_left_out(tmp_path, caps
     found = supernet.load(tmp_path / "x.pth", name=name, model_kwargs=kwargs, plain_weights=True).model
     assert torch.equal(found.forward_features(IMAGES), model.forward_features(IMAGES))
     assert capsys.readouterr().out.endswith("the model has no such part: attn_pool (13)\n")
+
+
+def test_the_models_that_the_documentation_names_are_supported():
+    section = (ROOT / "docs/MODELS.md").read_text().partition("## Weights from elsewhere")[2]
+    names = re.findall(r"`((?:vit|deit|swin|swinv2)_\w+)`", section)
+    assert len(names) > 12
+    for name in names:
+        assert family_named(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
