@@ -61,7 +61,8 @@ _TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed", "attn_pool.laten
 NOT_TAKEN = re.compile(
     r"(?:text_model|transformer|text|token_embedding|ln_final)\..*|positional_embedding|logit_(?:scale|bias)"
     r"|(?:text|visual)_projection.*|text_projection|visual\.(?:proj|head\..*)"
-    r"|(?:.*\.)?mask_token|decoder.*|(?:.*\.)?pooler\..*|(?:attn_pool|vision_model\.head)\..*|pre_logits\..*|projectors\..*|local_cls_norm\..*"
+    r"|(?:.*\.)?mask_token|decoder.*|(?:lm_head|pre_logits|projectors|local_cls_norm)\..*"
+    r"|(?:.*\.)?pooler\..*|(?:attn_pool|vision_model\.head)\..*"
 )
 # What a model computes itself.
 BUFFERS = re.compile(
@@ -165,10 +166,9 @@ def _stack(found: dict[str, Tensor], q: str) -> None:
 
 def say_not_taken(names: list[str], source: str) -> None:
     """Says in one line which tensors of a file are not taken, with their numbers."""
-    parts = (
-        re.match(r"embeddings\.mask_token|vision_model\.head|(?:visual\.)?[^.]+", name)[0] for name in sorted(names)
-    )
-    found = [f"{part} ({count})" if count > 1 else part for part, count in Counter(parts).items()]
+    group = re.compile(r"embeddings\.mask_token|vision_model\.head|(?:visual\.)?[^.]+")
+    parts = Counter(group.match(name)[0] for name in sorted(names))
+    found = [f"{part} ({count})" if count > 1 else part for part, count in parts.items()]
     if found:
         say(f"{source}: not taken, since the model has no such part: {', '.join(found)}")
 
@@ -181,9 +181,9 @@ def say_differences(model: nn.Module, names: Iterable[str], source: Path) -> Non
     """
     path, block = source.with_name("config.json"), blocks_of(model)[0]
     config = read_json(path) if path.is_file() else None
-    if isinstance(config, dict):
-        config = config["vision_config"] if isinstance(config.get("vision_config"), dict) else config
-    known = config.get("hidden_act") if isinstance(config, dict) else None
+    config = config if isinstance(config, dict) else {}
+    config = config["vision_config"] if isinstance(config.get("vision_config"), dict) else config
+    known, eps = config.get("hidden_act"), config.get("layer_norm_eps")
     own = type(block.mlp.act).__name__
     if type(block.mlp) is not Mlp:
         pass  # gated: no layout has two activations for it
@@ -194,6 +194,5 @@ def say_differences(model: nn.Module, names: Iterable[str], source: Path) -> Non
             say(f"{path} says hidden_act {known}, the model has {own}, so the outputs differ: {mend}")
     elif any(name.endswith(_WITH_ANY_ACTIVATION) for name in names):
         say(f"checkpoint {source} does not say its activation, the model has {own}: see docs/MODELS.md")
-    eps = config.get("layer_norm_eps") if isinstance(config, dict) else None
     if isinstance(eps, float) and eps != block.norm1.eps:
         say(f"{path} says layer_norm_eps {eps:g}, the model has {block.norm1.eps:g}")

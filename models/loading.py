@@ -32,6 +32,8 @@ def prepared(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     The prefix that all names share ("model.", "backbone.") is taken off.
     """
     weights = {key: value.float() if _is_short(value) else value for key, value in weights.items()}
+    if "class_embedding" in weights or f"trunk.{FIRST}" in weights:  # the vision tower of a CLIP alone
+        weights = {f"visual.{key}": value for key, value in weights.items()}
     first = next((key for key in weights if key == FIRST or key.endswith(f".{FIRST}")), None)
     if first is None:
         return from_transformers(weights)

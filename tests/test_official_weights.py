@@ -150,6 +150,18 @@ def test_the_authors_weights_are_taken_and_the_rest_is_named_in_one_line(tmp_pat
     assert capsys.readouterr().out.splitlines() == lines
 
 
+@pytest.mark.parametrize("layout", ["clip", "siglip"])
+def test_a_vision_tower_may_be_saved_alone(tmp_path, layout, capsys):
+    def tower(weights: Weights) -> None:
+        alone = {key[len("visual.") :]: value for key, value in weights.items() if key.startswith("visual.")}
+        weights.clear()
+        weights.update(alone)
+
+    model, found = opened(tmp_path / "x.pth", layout, tower)
+    assert torch.equal(found(IMAGES), model(IMAGES))
+    assert re.search(r"no such part: visual\.(proj|head)\n", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("layout", ["clip", "siglip", "dinov2_registers"])
 def test_they_are_resampled_to_another_size(tmp_path, layout, capsys):
     _, found = opened(tmp_path / "x.pth", layout, img_size=48)
