@@ -65,9 +65,7 @@ NOT_TAKEN = re.compile(
     r"|(?:.*\.)?pooler\..*|(?:attn_pool|vision_model\.head)\..*"
 )
 # What a model computes itself.
-BUFFERS = re.compile(
-    r".*(?:position_ids|relative_position_index|relative_coords_table|attn_mask|\.bias_mask|rope_embed\.periods)"
-)
+BUFFERS = re.compile(r".*(?:position_ids|relative_position_index|relative_coords_table|attn_mask)")
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -159,7 +157,7 @@ def _stack(found: dict[str, Tensor], q: str) -> None:
     keys = [q.replace(".q.", f".{part}.") for part in "qkv"]
     if all(key in found for key in keys):
         found[q.replace(".q.", ".qkv.")] = torch.cat([found.pop(key) for key in keys])
-    elif q.endswith(".bias") and keys[1] not in found and keys[2] in found:
+    elif q.endswith(".bias"):
         for part, key in (("q", keys[0]), ("v", keys[2])):
             found[key.replace(f".{part}.bias", f".{part}_bias")] = found.pop(key)
 

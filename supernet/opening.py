@@ -121,7 +121,7 @@ def create(
     if not pretrained and num_classes is not None:
         kwargs = {"num_classes": num_classes, **kwargs}
     more = {"drop_path_rate": drop_path} if drop_path else {}
-    model = create_backbone(name, pretrained=pretrained, pretrained_cfg=hub_config, **as_tuples(kwargs), **more)
+    model = create_backbone(name, pretrained=pretrained, pretrained_cfg=hub_config, **kwargs, **more)
     config = plain(default_preprocessing(model, preprocessing or {}))
     return Network(model.eval(), MaskTable([full_widths(model)]), ALIASES.get(name, name), kwargs, config)
 

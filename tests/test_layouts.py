@@ -126,6 +126,22 @@ def test_position_embeddings_are_resampled_as_those_of_timm_are(tmp_path, vit, c
     assert lines[0] == lines[1] and "as timm does: pos_embed (1, 17, 48) -> (1, 37, 48)" in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("case", "buffer"),
+    [
+        ("clip", "vision_model.embeddings.position_ids"),
+        ("swin", "swin.encoder.layers.0.blocks.0.attention.self.relative_position_index"),
+    ],
+)
+def test_what_a_model_computes_itself_is_passed_over(tmp_path, case, buffer, capsys):
+    """Earlier versions of transformers wrote it."""
+    weights = {key: value.clone() for key, value in CASES[case].model().state_dict().items()}
+    expected = opened(tmp_path, case, weights)
+    line = capsys.readouterr().out
+    found = opened(tmp_path, case, weights | {buffer: torch.arange(9)})
+    assert torch.equal(found(IMAGES), expected(IMAGES)) and capsys.readouterr().out == line
+
+
 NO_BIAS = "encoder.layer.1.attention.attention.key.bias"
 
 
@@ -217,7 +233,7 @@ def test_another_activation_is_said_and_can_be_mended(tmp_path, case, other, act
         f"{tmp_path}/config.json says hidden_act {theirs}, the model has {own}, so the outputs differ: --model-kwargs "
         f"act_layer={mend} gives those of the file"
     )
-    mended = supernet.load(file, name=name, model_kwargs=kwargs | {"act_layer": mend}, plain_weights=True)
+    mended = supernet.load(tmp_path, name=name, model_kwargs=kwargs | {"act_layer": mend}, plain_weights=True)
     with torch.no_grad():
         _, expected = CASES[case].outputs(model)
         assert relative(different(IMAGES), expected) > 1e-4 and relative(mended.model(IMAGES), expected) < 1e-5

@@ -106,6 +106,7 @@ def clip(model: nn.Module) -> Weights:
 def siglip(model: nn.Module) -> Weights:
     """As open_clip keeps a timm model."""
     text = {"text.token_embedding.weight": noise(9, 8), "text.ln_final.bias": noise(8), "logit_bias": noise(1)}
+    text["adapter.weight"] = noise(8)  # no part that is known, but outside the tower
     return renamed(model.state_dict(), {}, "visual.trunk.") | text | {"visual.head.proj.weight": noise(8, 48)}
 
 
@@ -121,7 +122,7 @@ LAYOUTS: dict[str, tuple[Callable[[nn.Module], Weights], str, dict, str]] = {
     "dinov3_swiglu": (dinov3, "vit_small_plus_patch16_dinov3_qkvb", HEADLESS, DINOV3),
     "dinov3_without_biases": (dinov3, "vit_small_patch16_dinov3", HEADLESS, DINOV3),
     "clip": (clip, "vit_base_patch32_clip_quickgelu_224", HEADLESS, CLIP),
-    "siglip": (siglip, "vit_base_patch16_siglip_224", HEADLESS, "logit_bias, text (2), visual.head"),
+    "siglip": (siglip, "vit_base_patch16_siglip_224", HEADLESS, "adapter, logit_bias, text (2), visual.head"),
 }
 
 
