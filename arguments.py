@@ -101,7 +101,8 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model",
         metavar="NAME",
-        help="timm's name, or vit_tiny, vit_small, vit_base for the DeiT models; needed for weights that do not say it "
+        help="timm's name, or vit_tiny, vit_small, vit_base for the DeiT models, or hf-hub:OWNER/NAME for a timm model "
+        "on the Hugging Face hub; needed for weights that do not say it "
         f"(default: what they say; without weights {DEFAULT_MODEL})",
     )
     group.add_argument(

@@ -98,12 +98,16 @@ def family_named(name: str) -> Family:
     raise UserError(f"{name} is not supported; these are: {SUPPORTED}")
 
 
-def create_backbone(name: str, *, pretrained: bool = False, **model_kwargs: Any) -> Backbone:
+def create_backbone(
+    name: str, *, pretrained: bool = False, pretrained_cfg: dict[str, Any] | None = None, **model_kwargs: Any
+) -> Backbone:
     """timm.create_model for the transformers that this project supports.
 
+    pretrained_cfg: timm's configuration of the weights, where it is not that of the name.
     Raises UserError for an unknown name (with near ones), bad arguments, or a model of another kind.
     """
-    return _made_by(partial(timm.create_model, pretrained=pretrained, **model_kwargs), name, model_kwargs)
+    make = partial(timm.create_model, pretrained=pretrained, pretrained_cfg=pretrained_cfg, **model_kwargs)
+    return _made_by(make, name, model_kwargs)
 
 
 def create_subnetwork(name: str, model_kwargs: dict[str, Any], widths: dict[str, int]) -> Backbone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from utils import UserError, say
 
 from .backbone import Backbone
+from .layouts import BUFFERS, NOT_TAKEN, from_transformers, say_not_taken
 
 HEADS = ("head.weight", "head.fc.weight")  # of a vision transformer, of a Swin
 FIRST = "patch_embed.proj.weight"  # every supported model has it
+RESAMPLED = ("pos_embed", FIRST, "relative_position_bias_table")  # where sizes of image, patch or window differ
 # timm's functions that bring weights of other layouts and sizes to a model.
 FILTERS = {
     vision_transformer.VisionTransformer: partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True),
@@ -24,12 +27,20 @@ FILTERS = {
 
 
 def prepared(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights without the prefix that all their names share ("model.", "backbone."), in float32 at least."""
-    first = next((key for key in weights if key == FIRST or key.endswith(f".{FIRST}")), FIRST)
+    """Weights in float32 at least, under timm's names where they are in a layout of Hugging Face transformers.
+
+    The prefix that all names share ("model.", "backbone.") is taken off.
+    """
+    weights = {key: value.float() if _is_short(value) else value for key, value in weights.items()}
+    if "class_embedding" in weights or f"trunk.{FIRST}" in weights:  # the vision tower of a CLIP alone
+        weights = {f"visual.{key}": value for key, value in weights.items()}
+    first = next((key for key in weights if key == FIRST or key.endswith(f".{FIRST}")), None)
+    if first is None:
+        return from_transformers(weights)
     prefix = first.removesuffix(FIRST)
     if all(key.startswith(prefix) for key in weights):
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return {key: value.float() if _is_short(value) else value for key, value in weights.items()}
+        return {key.removeprefix(prefix): value for key, value in weights.items()}
+    return weights
 
 
 def _is_short(value: Tensor) -> bool:
@@ -41,13 +52,14 @@ def load_weights(
 ) -> None:
     """Strict load; `assign` takes the tensors themselves, for a model on the meta device.
 
-    convert: where the weights do not fit, timm's function for weights of other layouts is tried, which also resamples
-    position embeddings (and patch embeddings, and position biases) of another size. A line says so.
+    convert: where the weights do not fit, what a model of timm has no part for is left out (see NOT_TAKEN), and timm's
+    function for weights of other layouts is tried, which also resamples position embeddings (and patch embeddings, and
+    position biases) of another size. A line says each.
     Raises UserError that names the first key that differs, with both shapes, or a tensor that is not finite.
     """
-    difference = _difference(model, weights)
+    difference, left_out = _difference(model, weights), []
     if difference and convert:
-        weights = _converted(model, weights, source)
+        weights, left_out = _converted(model, weights, source)
         difference = _difference(model, weights)
     if difference:
         raise UserError(f"{source} is of another architecture: {difference}")
@@ -55,6 +67,7 @@ def load_weights(
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"{source}: {key} holds {'NaN' if value.isnan().any() else 'infinity'}")
     model.load_state_dict(weights, assign=assign)
+    say_not_taken(left_out, source)
 
 
 def _difference(model: nn.Module, weights: dict[str, Tensor]) -> str | None:
@@ -68,19 +81,62 @@ def _difference(model: nn.Module, weights: dict[str, Tensor]) -> str | None:
 
 
 @torch.no_grad()
-def _converted(model: nn.Module, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Weights as timm would load them into the model, or as they are where timm cannot convert them."""
+def _converted(model: nn.Module, weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights as timm would load them into the model, and the names of those that are not taken.
+
+    Where timm cannot convert them: the weights as they are.
+    """
+    own, is_tower = model.state_dict().keys(), any(key.startswith("visual.") for key in weights)
+    foreign = [key for key in weights if key not in own]
+    left_out = [key for key in foreign if NOT_TAKEN.fullmatch(key) or (is_tower and not key.startswith("visual."))]
+    computed = {key for key in foreign if BUFFERS.fullmatch(key)}
+    taken = {key: value for key, value in weights.items() if key not in {*left_out, *computed}}
+    # Without a bias is what a bias of zeros gives: DINOv3's are, and timm has models without them.
+    zeros = {key for key in taken if key not in own and key.endswith(("q_bias", "v_bias")) and not taken[key].any()}
+    taken = {key: value for key, value in taken.items() if key not in zeros}
+    if not _difference(model, taken):
+        return taken, left_out
     convert = next(function for kind, function in FILTERS.items() if isinstance(model, kind))
+    by_its_mask = {key: weights[key] for key in left_out if key == "mask_token"}  # timm knows a DINOv2 by it
     try:
-        found = convert(weights, model)
+        with contextlib.redirect_stdout(None):  # timm prints a line for each bias that the model does not have
+            found = convert(taken | by_its_mask, model)
+        found = {key: value for key, value in found.items() if key not in by_its_mask} | _lost(model, weights, found)
     except Exception:  # many types, for weights of another architecture
-        return weights
-    resampled = [key for key, value in found.items() if key in weights and value.shape != weights[key].shape]
-    if resampled and not _difference(model, found):
-        shapes = [f"{key} {tuple(weights[key].shape)} -> {tuple(found[key].shape)}" for key in resampled[:2]]
+        return weights, []
+    if not _difference(model, found):
+        _say_resampled(taken, found, source)
+    return found, left_out
+
+
+def _lost(model: nn.Module, weights: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What timm's function for DINOv3 drops although it changes the output: biases, and other periods than timm's."""
+    lost: dict[str, Tensor] = {}
+    if "storage_tokens" not in weights:
+        return lost
+    for key, value in weights.items():
+        if key.endswith("attn.qkv.bias") and key not in found:
+            q, k, v = value.chunk(3)
+            has_bias, is_masked = key.replace("qkv.bias", "q_bias") in found, f"{key}_mask" in weights
+            if (not has_bias and (q.any() or v.any())) or (not is_masked and k.any()):
+                lost[key] = value
+    periods = weights.get("rope_embed.periods")
+    if periods is not None and not torch.allclose(periods, model.rope.periods, rtol=0.02):  # bfloat16's are rounded
+        lost["rope_embed.periods"] = periods
+    return lost
+
+
+def _say_resampled(weights: dict[str, Tensor], found: dict[str, Tensor], source: str) -> None:
+    """Says which tensors were resampled: they are new ones, all others are parts of those in the file."""
+    given = {value.untyped_storage().data_ptr() for value in weights.values()}
+    resampled = [
+        key for key in found if key.endswith(RESAMPLED) and found[key].untyped_storage().data_ptr() not in given
+    ]
+    if resampled:
+        old = {key: f" {tuple(weights[key].shape)}" if key in weights else "" for key in resampled}
+        shapes = [f"{key}{old[key]} -> {tuple(found[key].shape)}" for key in resampled[:2]]
         more = f", and {len(resampled) - 2} more" if len(resampled) > 2 else ""
         say(f"{source}: resampled to the size of the model, as timm does: {', '.join(shapes)}{more}")
-    return found
 
 
 def head_size(weights: dict[str, Tensor]) -> int:

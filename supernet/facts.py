@@ -19,12 +19,29 @@ from torch import Tensor
 
 from files import read_json, shown
 from models.backbone import ALIASES, Backbone, create_backbone, family_named
-from utils import UserError
+from utils import UserError, first_line
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of a sub-network's folder
 MAX_DEPTH, MAX_SIZE = 100, 1_000_000  # beyond any vision transformer: checked before a model of a file is built
 # Arguments of timm's models that matter in training only, so that a flag may give them beside any weights.
 REGULARIZATION = {"drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"}
+
+
+def named(name: str) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
+    """timm's plain name of a model, and what comes with a name on a hub ("hf-hub:timm/..."), which is read there.
+
+    That is the model's arguments, {} for a plain name, and timm's configuration of its weights, None for a plain name.
+    Raises UserError where the hub does not give them, or names a model that is not supported.
+    """
+    if ":" not in name:
+        return name, {}, None
+    try:
+        found = timm.models.resolve_model_input_args(name)
+    except Exception as error:  # the hub's errors are of many types
+        raise UserError(f"{name} could not be read as a model of timm: {first_line(error)}") from error
+    model_kwargs = found.get("pretrained_model_args", {})
+    check_model_kwargs(found["model_name"], model_kwargs, name)
+    return found["model_name"], model_kwargs, found["pretrained_cfg"]
 
 
 def read_facts(weights: Path, state: dict[str, Any]) -> tuple[dict[str, Any], Path]:
@@ -124,7 +141,7 @@ def check_stamp(found: Any, stamp: str, path: Path, weights: Path | None) -> Non
         )
 
 
-def check_model_kwargs(name: str, model_kwargs: dict[str, Any], path: Path) -> None:
+def check_model_kwargs(name: str, model_kwargs: dict[str, Any], path: Path | str) -> None:
     """Raises UserError for arguments in the file at `path` that do more than shape the network.
 
     The file may come from anywhere, and timm has arguments that name files and hubs.

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import preprocessing as default_preprocessing
 from files import CheckpointFolder, load_checkpoint, weights_of
 from models.backbone import ALIASES, Backbone, create_backbone, create_subnetwork, full_widths
+from models.layouts import say_differences
 from models.loading import head_size, load_weights, prepared
 from models.targets import check_target, default_target
 from piad.mask_table import MASK_TABLE, MaskTable
@@ -21,6 +22,7 @@ from .facts import (
     agreed_preprocessing,
     as_tuples,
     check_stamp,
+    named,
     plain,
     read_facts,
     stamp_of,
@@ -50,7 +52,8 @@ def load(
     Of a folder, the newest checkpoint_<epoch>.pth is opened, else contracted.safetensors. The mask table is the one in
     the checkpoint, or mask_table.json beside the weights; compensation.safetensors beside them is used where it exists.
 
-    name, model_kwargs, preprocessing: timm's name and arguments of the model and parts of its data configuration
+    name, model_kwargs, preprocessing: timm's name (or that of a timm model on a hub, "hf-hub:OWNER/NAME") and arguments
+    of the model and parts of its data configuration
     (None: as the weights say). Weights of this project say all that, and what is given must agree with them; for other
     weights the name is needed.  use_ema: the averaged weights.  compensate: True insists on a compensation, False
     leaves it out.  mask_table: another file.  plain_weights: the whole network alone, with neither table nor
@@ -60,11 +63,13 @@ def load(
     weights = _weights_at(Path(path), plain_weights)
     state = load_checkpoint(weights)
     facts, source = read_facts(weights, state)
-    name, model_kwargs = agreed_model(facts, source, name, model_kwargs or {})
+    name, hub_kwargs, hub_config = named(name) if name else (None, {}, None)
+    name, model_kwargs = agreed_model(facts, source, name, {**hub_kwargs, **(model_kwargs or {})})
     is_subnetwork = "widths" in facts
     if is_subnetwork and (compensate or mask_table):
         raise UserError(f"{path} is a sub-network, which is cut already: leave --compensate and --mask-table out")
-    tensors = prepared(weights_of(state, weights, use_ema))
+    given = weights_of(state, weights, use_ema)
+    tensors = prepared(given)
     classes = head_size(tensors)
     # Weights of this project say how many classes they have; others without a head have none.
     kwargs = {**model_kwargs, "num_classes": classes} if classes or not facts else model_kwargs
@@ -72,8 +77,10 @@ def load(
     if is_subnetwork:
         model = create_subnetwork(name, timm_kwargs, facts["widths"])
     else:
-        model = create_backbone(name, **timm_kwargs)
+        model = create_backbone(name, pretrained_cfg=hub_config, **timm_kwargs)
     load_weights(model, tensors, f"checkpoint {weights}", assign=is_subnetwork, convert=not facts)
+    if not facts:
+        say_differences(model, given, weights)
     network = Network(
         model=model.eval(),
         table=MaskTable([full_widths(model)]),
@@ -107,17 +114,18 @@ def create(
 ) -> Network:
     """A network without files: timm's model of this name with timm's pretrained weights, or with new ones.
 
+    name: timm's, or that of a timm model on a hub, "hf-hub:OWNER/NAME"; the network has timm's plain name.
     num_classes: of new weights (default: timm's). Raises UserError for a model that is not supported.
     """
-    kwargs = dict(model_kwargs or {})
+    name, hub_kwargs, hub_config = named(name)
+    kwargs = {**hub_kwargs, **(model_kwargs or {})}
     if not pretrained and num_classes is not None:
         kwargs = {"num_classes": num_classes, **kwargs}
     more = {"drop_path_rate": drop_path} if drop_path else {}
-    model = create_backbone(name, pretrained=pretrained, **kwargs, **more)
+    model = create_backbone(name, pretrained=pretrained, pretrained_cfg=hub_config, **kwargs, **more)
     config = plain(default_preprocessing(model, preprocessing or {}))
-    name = ALIASES.get(name, name)
     table = MaskTable([full_widths(model)])
-    return Network(model.eval(), table, name, kwargs, config, default_target(model))
+    return Network(model.eval(), table, ALIASES.get(name, name), kwargs, config, default_target(model))
 
 
 def _weights_at(path: Path, plain_weights: bool) -> Path:
