@@ -198,8 +198,8 @@ def words_to_open(args: argparse.Namespace) -> list[str]:
     words = words if args.model_kwargs else []
     given = {key: getattr(args, key) for key in ("model", "checkpoint", "mask_table", "data_set", "data_path")}
     given |= data_overrides(args)
-    if args.refit:
-        given |= {"proxy_samples": args.proxy_samples, "seed": args.seed}
+    given |= {"seed": args.seed} if args.seed else {}  # images are held back and drawn by it
+    given |= {"proxy_samples": args.proxy_samples} if args.refit else {}
     for key, value in given.items():
         if value is not None:
             values = value if isinstance(value, list | tuple) else [value]

@@ -43,6 +43,14 @@ def output_of(model: Backbone, images: Tensor, target: str) -> Tensor:
     return tokens.flatten(1, -2) if target == "tokens" else model.forward_head(tokens, pre_logits=True)
 
 
+def outputs_of(model: Backbone, images: Tensor, target: str) -> dict[str, Tensor]:
+    """The target of images by its name; of the target "tokens" also the features, which are pooled from them."""
+    if target != "tokens":
+        return {target: output_of(model, images, target)}
+    tokens = model.forward_features(images)
+    return {"tokens": tokens.flatten(1, -2), "features": model.forward_head(tokens, pre_logits=True)}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Costs
 

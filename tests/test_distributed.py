@@ -120,7 +120,7 @@ def test_two_processes_contract_as_one_does(pair: Pair, road: Road):
     for key, parts in expected["shares"].items():
         for name, shares in parts.items():
             assert found["shares"][key][name] == pytest.approx(shares, rel=1e-5)
-    assert found["top1"]["after"] == expected["top1"]["after"]
+    assert found["evaluation"]["after"]["top1"] == expected["evaluation"]["after"]["top1"]
     weights = [load_checkpoint(folder / "contracted.safetensors") for folder in folders]
     for name in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight", "blocks.1.mlp.fc1.bias"):
         assert torch.equal(weights[0][name], weights[1][name]), name  # the same order of hidden units
@@ -216,4 +216,4 @@ def test_only_the_main_process_speaks(pair: Pair):
     lines = pair.printed.splitlines()
     assert sum("360 images of digits" in line for line in lines) == 1
     assert sum(line.startswith("epoch 0 ") for line in lines) == 2  # two training programs
-    assert sum(line.startswith("top-1 before") for line in lines) == 1
+    assert sum(line.startswith("before: top-1 ") for line in lines) == 1

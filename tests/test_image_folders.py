@@ -357,6 +357,21 @@ def test_a_folder_that_has_just_changed_is_listed_again(tmp_path: Path, listed: 
     assert listed == ["val", "val"]
 
 
+def test_a_folder_without_classes_has_an_index_of_its_own(tmp_path: Path, listed: list[str], monkeypatch):
+    root, index, trees = two_splits(tmp_path / "data") / "train", tmp_path / "index", []
+    real = image_folders.list_images
+    monkeypatch.setattr(image_folders, "list_images", lambda folder: trees.append(folder.name) or real(folder))
+    for _ in range(2):
+        forget()
+        for _ in range(2):
+            assert ImageFolder(root, index).class_to_idx == {"cat": 0, "dog": 1}
+            flat = ImageFolder(root, index, classes=False)
+            assert flat.samples == [(f"{root}/cat/images/0.png", 0), (f"{root}/dog/0.png", 0)]
+    assert listed == trees == ["train"] and len(list(index.iterdir())) == 2
+    save(root / "2.png")
+    assert len(ImageFolder(root, index, classes=False)) == 3
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"folder": 1, "classes": 3}', '{"folder": "x", "listed": "y"}'])
 def test_a_damaged_index_is_made_anew(tmp_path: Path, listed: list[str], content: str, capsys):
     root, index = two_splits(tmp_path / "data"), tmp_path / "index"

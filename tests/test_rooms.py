@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "supernet": {"wpac", "piad", "models", "datasets", "image_folders", "files", "utils"},
     "training": {"files", "utils"},
     "engine": {"training", "piad", "datasets", "logs", "files", "utils"},
+    "fidelity": {"engine", "models", "utils"},
     "arguments": {"supernet", "models", "datasets", "utils"},
     "main_arguments": {"arguments", "piad"},
 }
