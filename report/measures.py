@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +23,19 @@ class Measure:
         return f"{self.name}: {self.label}, {'with the whole network' if self.unit == 'cosine' else self.unit}."
 
     def with_unit(self, value: float) -> str:
-        return self.text(value) + {"%": " %", "nats": " nats", "cosine": ""}[self.unit]
+        return self.text(value) + self.suffix
+
+    @property
+    def suffix(self) -> str:
+        """The unit behind a value."""
+        return "" if self.unit == "cosine" else f" {self.unit}"
 
 
 # Those that need labels first; a table, a picture or a page with room for one measure shows the first that it has.
 MEASURES = {
     "top1": Measure("top-1", "top-1 accuracy", "%"),
     "top5": Measure("top-5", "top-5 accuracy", "%"),
-    "knn": Measure("k-NN", "k-NN accuracy (20 neighbours)", "%"),
+    "knn": Measure("k-NN", "accuracy of k-NN (20 neighbours)", "%"),
     "agreement": Measure("agreement", "same top-1 as the whole network", "%"),
     "kl": Measure("KL", "KL divergence from the whole network", "nats"),
     "token_cosine": Measure("tokens", "mean cosine of the tokens", "cosine"),
@@ -42,10 +46,14 @@ MEASURES = {
 AXES = {"%": "%", "nats": "KL divergence, nats", "cosine": "cosine with the whole network"}
 
 
-def measures_of(row: dict[str, Any] | Iterable[str]) -> dict[str, Measure]:
-    """The measures that a row holds, the most telling first."""
-    names = {*row}
-    return {key: measure for key, measure in MEASURES.items() if key in names}
+def measures_of(row: dict[str, Any]) -> dict[str, Measure]:
+    """The measures that a row holds, in their order."""
+    return {key: measure for key, measure in MEASURES.items() if key in row}
+
+
+def curves_of(row: dict[str, Any]) -> dict[str, Measure]:
+    """Those that pictures and the page show: all but the top-5, which follows the top-1."""
+    return {key: measure for key, measure in measures_of(row).items() if key != "top5"}
 
 
 def sentence(row: dict[str, Any]) -> str:

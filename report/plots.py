@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from files import atomic_file
 from supernet.amounts import format_amount
 
-from .measures import AXES, measures_of
+from .measures import AXES, curves_of
 
 # The colours of Okabe and Ito, which colour-blind readers can distinguish, and a few more.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -33,7 +33,7 @@ def plot_frontier(rows: list[dict[str, Any]], path: Path, title: str, measured: 
     rows = sorted(rows, key=lambda row: row["macs_linear"])
     unit, name = (1e9, "GMACs") if rows[-1]["macs_linear"] >= 1e9 else (1e6, "million MACs")
     macs = [row["macs_linear"] / unit for row in rows]
-    measures = {key: measure for key, measure in measures_of(rows[0]).items() if key != "top5"}
+    measures = curves_of(rows[0])
     main, units = next(iter(measures)), list(dict.fromkeys(measure.unit for measure in measures.values()))
     count = 1 + len(units)
     figure, panels = plt.subplots(1, count, figsize=(5 * count, 4.2), layout="constrained")

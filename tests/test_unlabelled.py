@@ -193,7 +193,7 @@ def test_an_encoder_with_labels(contracted: Path, tmp_path: Path, capsys: pytest
         contracted / "contracted.safetensors", "--write-sub-networks", "--output-dir", tmp_path)  # fmt: skip
     rows, net = read_rows(tmp_path), supernet.load(contracted)
     shown = capsys.readouterr().out
-    assert "k-NN: k-NN accuracy (20 neighbours), %." in shown and "tokens: mean cosine of the tokens" in shown
+    assert "k-NN: accuracy of k-NN (20 neighbours), %." in shown and "tokens: mean cosine of the tokens" in shown
     parts = [[(torch.stack([net.read(image) for image, _ in d]), torch.tensor(d.labels))]
              for d in (Digits("val"), Digits("train"))]  # fmt: skip
     evaluate = Evaluator("tokens", parts[0], torch.device("cpu"), labels=True, training=parts[1], whole=net.model)
