@@ -15,7 +15,8 @@ from utils import UserError, mixed_seed
 
 from .backbone import Backbone
 
-TARGETS = ("logits", "features", "tokens")
+# Target -> its shape in words.
+TARGETS = {"logits": "(batch, classes)", "features": "(batch, dim)", "tokens": "(batch, tokens, dim)"}
 
 
 def default_target(model: Backbone) -> str:

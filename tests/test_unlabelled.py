@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import shlex
 from pathlib import Path
@@ -22,6 +23,8 @@ import supernet
 from datasets import Digits, Images, open_images, open_splits
 from fidelity import Evaluator
 from models.extraction import extract
+from models.targets import output_of
+from supernet import formats
 from utils import UserError
 
 LOADING = ["--workers", "0", "--batch-size", "32", "--device", "cpu"]
@@ -222,6 +225,63 @@ def test_a_sub_network_alone_has_nothing_to_be_compared_with(
     assert json.loads((tmp_path / "frontier.json").read_text())["compared_with"] == str(road.contracted)
     cut = extract(whole.model, small.table.widths(0))
     assert row["baseline_agreement"] == pytest.approx(fidelity_of(cut, whole, photos)["agreement"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+
+
+@pytest.mark.parametrize(("target", "shape"), [("tokens", (5, 48)), ("features", (48,))])
+def test_an_exported_file_gives_the_target(
+    target: str, shape: tuple[int, ...], encoder: list[str], contracted: Path, photos: Path, tmp_path: Path
+):
+    """The outputs of each file, by torch or onnxruntime alone, at two batch sizes."""
+    names = [name for name, needed in formats.NEEDS.items() if all(map(importlib.util.find_spec, needed))]
+    if target == "features":
+        contracted = tmp_path / "contracted"
+        run("reparam.py", *unlabelled(photos), *encoder, "--target", target, "--method", "best", "--mask-table",
+            "--no-eval", "--output-dir", contracted)  # fmt: skip
+    out = tmp_path / "out"
+    run("export.py", contracted, "--op-code", -1, "--format", "folder", "torch-export", *names, "--measure", "fidelity",
+        "--data-set", "images", "--data-path", photos, "--device", "cpu", "--output", out)  # fmt: skip
+    index, net = json.loads((out / "index.json").read_text()), supernet.load(contracted)
+    assert index["target"] == target and index["output"].startswith(f"{target}, float32 (batch, ")
+    (row,), small = index["sizes"], net.cut(-1)
+    assert_faithful(row["fidelity"], small, net, photos)
+    assert row["fidelity"]["images"] == PHOTOS // 10
+    assert json.loads((out / "config.json").read_text())["fidelity"] == row["fidelity"]
+    for errors in row["relative_error"].values():
+        assert errors.keys() == {"random images", "real images"} and all(0 <= error < 1e-4 for error in errors.values())
+    run_file = {"torch-export": torch.export.load(out / "model.pt2").module()}
+    if names:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+        assert [output.name for output in session.get_outputs()] == [target]
+        run_file["onnx"] = lambda images: torch.from_numpy(session.run([target], {"images": images.numpy()})[0])
+    for count in (1, 3):
+        images = torch.randn(count, 1, 16, 16)
+        with torch.no_grad():
+            expected = output_of(small, images, target)
+            assert expected.shape == (count, *shape)
+            for found in run_file.values():
+                torch.testing.assert_close(found(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--data-set", "digits"], "--measure top1 needs logits, {contracted} gives tokens: give fidelity"),
+        (["--data-set", "images", "--data-path", "{photos}"], "has no labels, which --measure top1 needs: give fidel"),
+    ],
+)
+def test_an_encoder_has_no_top1(flags: list[str], says: str, contracted: Path, photos: Path, tmp_path: Path, capsys):
+    places = {"contracted": contracted, "photos": photos}
+    flags = [flag.format(**places) for flag in flags]
+    command = [contracted, "--op-code", 0, "--measure", "top1", *flags, "--output", tmp_path / "out"]
+    assert exit_code("export.py", *command, "--device", "cpu") == 2
+    assert says.format(**places) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
