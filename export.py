@@ -259,8 +259,8 @@ def measure(
     found = evaluator(small.to(latencies.device)) if evaluator else {}
     if "top1" in args.measure:
         row["top1"] = found["top1"]
-    elif "top1" in network.facts.get("accuracy", {}):
-        row["top1"] = network.facts["accuracy"]["top1"]
+    elif isinstance(accuracy := network.facts.get("accuracy"), dict) and "top1" in accuracy:
+        row["top1"] = accuracy["top1"]
     if "fidelity" in args.measure:
         of = {"images": len(evaluator.batches.dataset), "data_set": args.data_set}
         row["fidelity"] = {key: found[key] for key in FIDELITY if key in found} | of

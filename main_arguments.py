@@ -62,7 +62,8 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline",
         type=Path,
         metavar="FILE",
-        help="with --eval: other weights of the same model, cut to the same widths and evaluated for comparison",
+        help="with --eval: other weights of the same model, cut to the same widths and evaluated for comparison; of a "
+        "sub-network also the whole network that its fidelity refers to",
     )
     group.add_argument(
         "--frontier", type=positive, metavar="N", help="N sizes evenly spaced in MACs, besides those of the other flags"
