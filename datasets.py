@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import copy
 import difflib
-import multiprocessing
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +14,10 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from image_folders import ImageFolder, image_mode, to_pixels
-from utils import STOP_SIGNALS, UserError, first_line, ignore_stop_signals, mixed_seed, say, seed_everything, world
+from image_folders import ImageFolder
+from pixels import image_mode, to_pixels
+from utils import UserError, first_line, ignore_stop_signals, mixed_seed, say, seed_everything, world
+from workers import loading_context
 
 FOLDER_NAMES = (
     "folder",
@@ -290,35 +288,8 @@ def _loader(images: Images, config: dict[str, Any], batch_size: int, workers: in
         raise UserError(f"timm cannot make the transforms: {type(error).__name__} {first_line(error)}") from error
     loader.worker_init_fn = ignore_stop_signals  # images are seeded one by one, not by worker
     if workers:
-        loader.multiprocessing_context = _loading_context()
+        loader.multiprocessing_context = loading_context()
     return loader
-
-
-class _LoadingProcess(multiprocessing.Process):
-    """A data loading process that no stop signal can end before it ignores them: it starts with them blocked."""
-
-    def start(self) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            super().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _loading_context() -> multiprocessing.context.BaseContext:
-    context = copy.copy(multiprocessing.get_context())
-    context.Process = _LoadingProcess
-    return context
-
-
-@atexit.register
-def _end_loading_processes() -> None:
-    """Kills the loading processes that are left: they ignore the signal with which multiprocessing would end them."""
-    left = [process for process in multiprocessing.active_children() if process.daemon]
-    if left:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as failed
-    for process in left:
-        process.kill()
 
 
 def _create_loader(images: Images, config: dict[str, Any], batch_size: int, workers: int, **kwargs: Any) -> DataLoader:

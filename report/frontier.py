@@ -16,7 +16,7 @@ import torch
 
 import supernet
 from arguments import open_network
-from datasets import Images, drawn, eval_loader, open_images, proxy_set
+from datasets import UNLABELLED, Images, drawn, eval_loader, open_images, proxy_set
 from fidelity import ACCURACY, FIDELITY, Evaluator
 from files import write_text
 from main_arguments import words_to_open
@@ -49,9 +49,10 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
         )
     weights = args.checkpoint if network.is_subnetwork else network.source
     kind = "averaged (EMA)" if network.averaged else "raw"
-    say(f"weights: {weights}, {kind}; {len(val_images)} images of {args.data_set}")
+    data = Path(args.data_path).name if args.data_set == UNLABELLED else args.data_set
+    say(f"weights: {weights}, {kind}; {len(val_images)} images of {data}")
     facts = {
-        "title": f"{args.data_set}: one super-network of {format_amount(count_params(network.model))} parameters",
+        "title": f"{data}: one super-network of {format_amount(count_params(network.model))} parameters",
         "weights": str(weights),
         "averaged_weights": network.averaged,
         "grade": "refitted" if args.refit else network.grade,

@@ -161,7 +161,7 @@ def test_an_encoder_without_labels(
         run("main.py", "--eval", *unlabelled(photos), "--checkpoint", contracted, "--frontier", 3, *refit,
             "--write-sub-networks", "--output-dir", tmp_path)  # fmt: skip
         shown, net = capsys.readouterr().out, supernet.load(contracted)
-        assert "15 images of images" in shown and "tokens p5" in shown and "top-1" not in shown
+        assert f"15 images of {photos.name}" in shown and "tokens p5" in shown and "top-1" not in shown
         rows = read_rows(tmp_path)
         assert len(rows) == 3
         for row in rows:
@@ -233,7 +233,13 @@ def test_a_sub_network_alone_has_nothing_to_be_compared_with(
 
 @pytest.mark.parametrize(("target", "shape"), [("tokens", (5, 48)), ("features", (48,))])
 def test_an_exported_file_gives_the_target(
-    target: str, shape: tuple[int, ...], encoder: list[str], contracted: Path, photos: Path, tmp_path: Path
+    target: str,
+    shape: tuple[int, ...],
+    encoder: list[str],
+    contracted: Path,
+    photos: Path,
+    tmp_path: Path,
+    no_labels: None,
 ):
     """The outputs of each file, by torch or onnxruntime alone, at two batch sizes."""
     names = [name for name, needed in formats.NEEDS.items() if all(map(importlib.util.find_spec, needed))]
