@@ -13,7 +13,7 @@ import torch
 from timm.utils import ParseKwargs
 
 import supernet
-from datasets import FOLDER_NAMES
+from datasets import FOLDER_NAMES, UNLABELLED
 from models.macs import CONVENTIONS
 from supernet.amounts import parse_amount
 
@@ -149,6 +149,14 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of training images that statistics are taken on (default: %(default)s)",
     )
     group.add_argument(
+        "--knn-images",
+        type=positive,
+        default=10_000,
+        metavar="N",
+        help="number of training images among which the k-NN evaluation of an encoder searches neighbours (default: "
+        "%(default)s)",
+    )
+    group.add_argument(
         "--batch-size",
         type=positive,
         default=64,
@@ -201,8 +209,9 @@ def add_data_set(group: argparse._ArgumentGroup, default: str | None) -> None:
         "--data-set",
         default=default,
         metavar="NAME",
-        help=f"digits (embedded), {', '.join(FOLDER_NAMES)} (train/ and val/ with a folder per "
-        "class), or a name of timm's create_dataset such as torch/cifar10 (default: %(default)s)",
+        help=f"digits (embedded), {', '.join(FOLDER_NAMES)} (train/ and val/ with a folder per class), {UNLABELLED} "
+        "(images anywhere in a folder, without labels; a tenth of them, drawn from the seed, is held back for "
+        "evaluation), or a name of timm's create_dataset such as torch/cifar10 (default: %(default)s)",
     )
     group.add_argument("--data-path", metavar="DIR", help="folder of the data set; not needed for digits")
     group.add_argument(

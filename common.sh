@@ -2,8 +2,8 @@
 # Sourced by the run_*.sh scripts, which set `here`, the folder of the scripts: the variables they share, the Python
 # environment, and how a program is launched. Relative paths are those of the folder that a script is started in.
 
-DATA_SET=${DATA_SET:-digits}  # digits (embedded), imagenet, cifar10, cifar100, folder, or a name of timm's
-DATA_PATH=${DATA_PATH:-}      # the folder that holds train/ and val/; not needed for digits
+DATA_SET=${DATA_SET:-digits}  # digits (embedded), imagenet, cifar10, cifar100, folder, images (without labels), or a name of timm's
+DATA_PATH=${DATA_PATH:-}      # the folder that holds train/ and val/, or the images; not needed for digits
 OUTPUT=${OUTPUT:-output}      # stages read and write OUTPUT/{pretrained,reparamed,peelable,peeled}/NAME
 DEVICE=${DEVICE:-auto}        # cpu, cuda, or auto: CUDA if there is one
 GPUS=${GPUS:-1}               # processes on this machine (with DEVICE=cpu: CPU processes)

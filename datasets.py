@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import copy
 import difflib
-import multiprocessing
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +14,10 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from image_folders import ImageFolder, image_mode, to_pixels
-from utils import STOP_SIGNALS, UserError, first_line, ignore_stop_signals, mixed_seed, say, seed_everything, world
+from image_folders import ImageFolder
+from pixels import image_mode, to_pixels
+from utils import UserError, first_line, ignore_stop_signals, mixed_seed, say, seed_everything, world
+from workers import loading_context
 
 FOLDER_NAMES = (
     "folder",
@@ -27,6 +25,8 @@ FOLDER_NAMES = (
     "cifar10",
     "cifar100",
 )  # <path>/train and <path>/val, a folder per class
+UNLABELLED = "images"  # <path>, images anywhere below it, without classes
+HELD_BACK = 10  # one image in so many of an unlabelled data set is its "val" split
 # The names of the folder of a split; the first that exists is used.
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 
@@ -57,10 +57,11 @@ class Images(Dataset):
     """A data set that applies `transform`, and whose items can be indexed by (key, index) as well as by index.
 
     The key seeds the random transforms, so that an image does not depend on the worker or the run that loads it.
+    num_classes: None where there are no labels; 0 stands for each of them then.
     Raises UserError, naming the file, for an image that cannot be read.
     """
 
-    def __init__(self, source: Dataset, num_classes: int, indices: Sequence[int] | None = None):
+    def __init__(self, source: Dataset, num_classes: int | None, indices: Sequence[int] | None = None):
         self.source = source
         self.num_classes = num_classes
         self.mode = "RGB"
@@ -95,24 +96,27 @@ class Images(Dataset):
         return str(samples[index][0]) if samples else f"number {index} of the data set"
 
 
-def open_images(name: str, path: str | None, split: str, index: Path | None = None) -> Images:
+def open_images(name: str, path: str | None, split: str, index: Path | None = None, seed: int = 0) -> Images:
     """Opens the "train" or "val" split of a data set.
 
-    name: "digits" (embedded), "folder" (ImageNet layout; "imagenet", "cifar10", "cifar100" mean the same), or a
-    name of timm's create_dataset such as "torch/cifar10". index: a folder where listings of folders are kept, so that
-    the next run need not list them. With several processes, all ranks call this: rank 0 lists for all of them.
+    name: "digits" (embedded), "folder" (ImageNet layout; "imagenet", "cifar10", "cifar100" mean the same), "images"
+    (any folder of images, without labels), or a name of timm's create_dataset such as "torch/cifar10". index: a folder
+    where listings of folders are kept, so that the next run need not list them. seed: of the split of "images".
+    With several processes, all ranks call this: rank 0 lists for all of them.
     Raises UserError for a missing or empty path.
     """
+    if name == UNLABELLED:
+        return _open_unlabelled(path, index, seed)[split]
     if name == "digits":
         return Images(Digits(split), Digits.num_classes)
     if name in FOLDER_NAMES:
         folder = ImageFolder(_split_folder(path, split), index)
         return Images(folder, len(folder.class_to_idx))
     if "/" not in name:
-        near = difflib.get_close_matches(name, ("digits", *FOLDER_NAMES), n=1)
+        near = difflib.get_close_matches(name, ("digits", *FOLDER_NAMES, UNLABELLED), n=1)
         raise UserError(
             f"--data-set {name} is not known{f', did you mean {near[0]}?' if near else ''}: "
-            f"digits, {', '.join(FOLDER_NAMES)}, or a name of timm's such as torch/cifar10"
+            f"digits, {', '.join(FOLDER_NAMES)}, {UNLABELLED}, or a name of timm's such as torch/cifar10"
         )
     try:
         source = create_dataset(name, root=path, split=split)
@@ -128,26 +132,51 @@ def open_images(name: str, path: str | None, split: str, index: Path | None = No
     return Images(source, len(classes))
 
 
-def _split_folder(path: str | None, split: str) -> Path:
+def _open_unlabelled(path: str | None, index: Path | None, seed: int) -> dict[str, Images]:
+    """The splits of a folder of images: a tenth of them, but at least one, drawn from the seed, is "val"."""
+    source = ImageFolder(_data_folder(path, "the folder of images"), index, classes=False)
+    if len(source) < 2:
+        raise UserError(f"--data-path {path} holds a single image: one is held back for evaluation, so give more")
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(mixed_seed(seed, HELD_BACK)))
+    held_back = max(1, len(source) // HELD_BACK)
+    parts = {"train": order[held_back:], "val": order[:held_back]}
+    return {split: Images(source, None, part.sort().values.tolist()) for split, part in parts.items()}
+
+
+def check_labels(images: Images, name: str, what: str, instead: str) -> None:
+    """Raises UserError where a data set has no labels. name: of the data set.  what: needs them.  instead: the mend."""
+    if images.num_classes is None:
+        raise UserError(f"--data-set {name} has no labels, which {what} needs: {instead}")
+
+
+def _data_folder(path: str | None, what: str) -> Path:
     if not path:
-        raise UserError("--data-path is missing: give the folder that holds train/ and val/")
+        raise UserError(f"--data-path is missing: give {what}")
     if not Path(path).is_dir():
         raise UserError(f"--data-path {path} {'is a file, not a folder' if Path(path).exists() else 'does not exist'}")
-    found = [name for name in SPLITS[split] if (Path(path) / name).is_dir()]
+    return Path(path)
+
+
+def _split_folder(path: str | None, split: str) -> Path:
+    folder = _data_folder(path, "the folder that holds train/ and val/")
+    found = [name for name in SPLITS[split] if (folder / name).is_dir()]
     if not found:
         raise UserError(f"--data-path {path} has no folder {' or '.join(SPLITS[split])}")
     if len(found) > 1:
         say(f"--data-path {path} has the folders {', '.join(found)}: {found[0]} is used for {split}")
-    return Path(path) / found[0]
+    return folder / found[0]
 
 
 def open_splits(
-    name: str, path: str | None, with_val: bool = True, index: Path | None = None
+    name: str, path: str | None, with_val: bool = True, index: Path | None = None, seed: int = 0
 ) -> tuple[Images, Images | None]:
     """(train, val) of a data set; val is None without with_val. Raises UserError where their classes differ.
 
-    index: see open_images().
+    index, seed: see open_images().
     """
+    if name == UNLABELLED:
+        found = _open_unlabelled(path, index, seed)
+        return found["train"], found["val"] if with_val else None
     train = open_images(name, path, "train", index)
     if not with_val:
         return train, None
@@ -259,35 +288,8 @@ def _loader(images: Images, config: dict[str, Any], batch_size: int, workers: in
         raise UserError(f"timm cannot make the transforms: {type(error).__name__} {first_line(error)}") from error
     loader.worker_init_fn = ignore_stop_signals  # images are seeded one by one, not by worker
     if workers:
-        loader.multiprocessing_context = _loading_context()
+        loader.multiprocessing_context = loading_context()
     return loader
-
-
-class _LoadingProcess(multiprocessing.Process):
-    """A data loading process that no stop signal can end before it ignores them: it starts with them blocked."""
-
-    def start(self) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            super().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _loading_context() -> multiprocessing.context.BaseContext:
-    context = copy.copy(multiprocessing.get_context())
-    context.Process = _LoadingProcess
-    return context
-
-
-@atexit.register
-def _end_loading_processes() -> None:
-    """Kills the loading processes that are left: they ignore the signal with which multiprocessing would end them."""
-    left = [process for process in multiprocessing.active_children() if process.daemon]
-    if left:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as failed
-    for process in left:
-        process.kill()
 
 
 def _create_loader(images: Images, config: dict[str, Any], batch_size: int, workers: int, **kwargs: Any) -> DataLoader:
@@ -311,6 +313,12 @@ def proxy_set(images: Images, samples: int, seed: int) -> Images:
     """The proxy set: `samples` training images, drawn from the seed; all of them, which is said, if there are fewer."""
     if samples > len(images):
         say(f"--proxy-samples {samples} is more than the {len(images)} training images: all of them are used")
+    return drawn(images, samples, seed)
+
+
+def drawn(images: Images, count: int, seed: int) -> Images:
+    """At most `count` of the images, drawn from the seed, in order."""
+    if count >= len(images):
         return images.subset(range(len(images)))
     generator = torch.Generator().manual_seed(mixed_seed(seed))
-    return images.subset(torch.randperm(len(images), generator=generator)[:samples].sort().values.tolist())
+    return images.subset(torch.randperm(len(images), generator=generator)[:count].sort().values.tolist())

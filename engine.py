@@ -218,15 +218,29 @@ def evaluate(
 ) -> dict[str, float]:
     """top1 and top5 (percent) and loss (mean cross-entropy) over the batches of all ranks."""
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=device)  # correct at 1, at 5, loss, images
+    found = Accuracy(device)
     for images, targets in batches:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            logits = model(images).float()
+            logits = model(images)
+        found.update(logits.float(), targets)
+    return found.finalize()
+
+
+class Accuracy:
+    """Collects top1 and top5 (percent) and loss (mean cross-entropy) over the batches of all ranks."""
+
+    def __init__(self, device: torch.device):
+        self.totals = torch.zeros(4, dtype=torch.float64, device=device)  # correct at 1, at 5, loss, images
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """logits: (B, classes).  targets: (B,)."""
         top1, top5 = accuracy(logits, targets, topk=(1, 5))
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        n = len(images)
-        totals += torch.stack([top1 * n / 100, top5 * n / 100, loss, loss.new_tensor(n)])
-    reduce_sum(totals)
-    correct1, correct5, loss, images = totals.tolist()
-    return {"top1": 100 * correct1 / images, "top5": 100 * correct5 / images, "loss": loss / images}
+        n = len(logits)
+        self.totals += torch.stack([top1 * n / 100, top5 * n / 100, loss, loss.new_tensor(n)])
+
+    def finalize(self) -> dict[str, float]:
+        reduce_sum(self.totals)
+        correct1, correct5, loss, images = self.totals.tolist()
+        return {"top1": 100 * correct1 / images, "top5": 100 * correct5 / images, "loss": loss / images}

@@ -32,12 +32,13 @@ from arguments import (
     open_network,
     positive,
 )
-from datasets import Images, eval_loader, open_images
-from engine import evaluate
+from datasets import Images, check_labels, eval_loader, open_images
+from fidelity import FIDELITY, Evaluator
 from files import check_output_dir, read_json, write_text
 from models.backbone import Backbone
 from models.loading import fit_head
 from models.macs import CONVENTIONS
+from models.targets import TARGETS
 from supernet import Network
 from supernet.budgets import asks_for_size, chosen_op_codes, latencies_of
 from supernet.facts import CONFIG, WEIGHTS
@@ -57,17 +58,18 @@ def main() -> None:
     init_processes(args)
     seed_everything(args.seed)
     network = open_network(args)
-    images = open_images(args.data_set, args.data_path, "val", args.index) if args.data_set else None
-    if "top1" in args.measure:
-        fit_head(network.model, images.num_classes, remake=False)
+    images = open_images(args.data_set, args.data_path, "val", args.index, args.seed) if args.data_set else None
+    check_measures(args, network, images)
     checks = check_images(network, images)
     latencies = latencies_of(args, network)
     op_codes = choose(args, network, latencies)
+    evaluator = make_evaluator(args, network, images, latencies.device)
     rows = []
     with whole_folder(args.output) as folder:
         for code in progress_bar(op_codes, "sizes"):
             small = network.cut(code).float().eval()
-            row = measure(args, network, small, code, images, latencies)
+            row = measure(args, network, small, code, evaluator, latencies)
+            small.to("cpu")
             place = folder / f"op_{code}" if len(op_codes) > 1 else folder
             rows.append(row | write_formats(args.format, network, small, row, place, folder, checks))
         index = {
@@ -76,7 +78,8 @@ def main() -> None:
             "grade": network.grade,
             "averaged_weights": network.averaged,
             "input": "images, float32 (batch, channels, height, width), prepared as preprocessing says",
-            "output": "logits, float32 (batch, classes)",
+            "target": network.target,
+            "output": f"{network.target}, float32 {TARGETS[network.target]}",
             "preprocessing": network.preprocessing,
             "sizes": rows,
         }
@@ -126,9 +129,10 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument(
         "--measure",
         nargs="+",
-        choices=("latency", "top1"),
+        choices=("latency", "top1", "fidelity"),
         default=[],
-        help="for index.json: latency as --latency measures it, top-1 on val/ of --data-set (default: what is known)",
+        help="for index.json: latency as --latency measures it; on --data-set (val/, or the images that are held back) "
+        "top-1, and fidelity to the whole network, which needs no labels (default: what is known)",
     )
     group.add_argument(
         "--batch-size",
@@ -139,7 +143,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_amp(group)
     group.add_argument("--device", default="auto", help="for measurements: cpu, cuda, cuda:1, or auto")
-    group.add_argument("--seed", type=count, default=0, help="of the random images (default: %(default)s)")
+    group.add_argument(
+        "--seed", type=count, default=0, help="of the random images, and of the images held back (default: %(default)s)"
+    )
     return parser.parse_args()
 
 
@@ -162,11 +168,23 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--format {name} needs {', '.join(missing)}: python -m pip install -r requirements-export.txt"
             )
-    if "top1" in args.measure and not args.data_set:
-        raise UserError("--measure top1 needs --data-set")
+    for name in ("top1", "fidelity"):
+        if name in args.measure and not args.data_set:
+            raise UserError(f"--measure {name} needs --data-set")
     check_output_dir(args.output, "--output")
     if args.output.exists() and any(args.output.iterdir()) and not args.force:
         raise UserError(f"--output {args.output} exists and is not empty: give another folder, or --force")
+
+
+def check_measures(args: argparse.Namespace, network: Network, images: Images | None) -> None:
+    """Raises UserError for what cannot be measured of the network on the images."""
+    if "top1" in args.measure:
+        check_labels(images, args.data_set, "--measure top1", "give fidelity")
+        if network.target != "logits":
+            raise UserError(f"--measure top1 needs logits, {args.checkpoint} gives {network.target}: give fidelity")
+        fit_head(network.model, images.num_classes, remake=False)
+    if "fidelity" in args.measure and network.is_subnetwork:
+        raise UserError(f"--measure fidelity needs the whole network, and {args.checkpoint} is a sub-network")
 
 
 @contextlib.contextmanager
@@ -228,23 +246,38 @@ def measure(
     network: Network,
     small: Backbone,
     code: int,
-    images: Images | None,
+    evaluator: Evaluator | None,
     latencies: Latencies,
 ) -> dict[str, Any]:
-    """Op code, MACs, params and memory (bytes) of a size; latency and top1 where they are asked for or known."""
+    """Op code, MACs, params and memory (bytes) of a size; latency, top1 and fidelity if they are asked for or known."""
     linear, full = (count_sizes(small, convention=convention) for convention in CONVENTIONS)
     row: dict[str, Any] = {"op_code": code, **linear, "macs": {"linear": linear["macs"], "full": full["macs"]}}
     seconds = latencies.of(code) if "latency" in args.measure else latencies.seconds.get(code)
     if seconds is not None:
         where = {key: latencies.key[key] for key in ("device", "batch_size", "dtype", "torch")}
         row["latency"] = {"seconds": seconds, **where}
+    found = evaluator(small.to(latencies.device)) if evaluator else {}
     if "top1" in args.measure:
-        device = latencies.device
-        row["top1"] = evaluate(small.to(device), loader(network, images, 64), device)["top1"]
-        small.to("cpu")
-    elif isinstance(network.facts.get("accuracy"), dict):
-        row["top1"] = network.facts["accuracy"].get("top1")
+        row["top1"] = found["top1"]
+    elif isinstance(accuracy := network.facts.get("accuracy"), dict) and "top1" in accuracy:
+        row["top1"] = accuracy["top1"]
+    if "fidelity" in args.measure:
+        of = {"images": len(evaluator.batches.dataset), "data_set": args.data_set}
+        row["fidelity"] = {key: found[key] for key in FIDELITY if key in found} | of
+    elif "fidelity" in network.facts:
+        row["fidelity"] = network.facts["fidelity"]
     return row
+
+
+def make_evaluator(
+    args: argparse.Namespace, network: Network, images: Images | None, device: torch.device
+) -> Evaluator | None:
+    """What measures top1 and fidelity, as far as they are asked for."""
+    if not {"top1", "fidelity"} & {*args.measure}:
+        return None
+    whole = network.model.to(device) if "fidelity" in args.measure else None
+    batches = loader(network, images, 64)
+    return Evaluator(network.target, batches, device, labels="top1" in args.measure, whole=whole)
 
 
 def loader(network: Network, images: Images, batch_size: int) -> DataLoader:

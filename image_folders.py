@@ -1,4 +1,4 @@
-"""Folders of images: listing them, each once and in one order, and turning an image of any kind into pixels."""
+"""Folders of images: listing them, each once and in one order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-import numpy as np
 from PIL import Image
 
 from files import check_output_dir, write_text
@@ -21,17 +20,6 @@ from utils import UserError, on_main_process, progress_bar, say
 
 # Formats that Pillow registers, but that hold no pixels of their own or that it cannot open without other programs.
 NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
-# EXIF's orientation -> what turns the stored pixels upright.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-ORIENTATION = 0x0112  # EXIF's tag
 # A folder that changed so shortly before it was listed may have changed again without a new modification time.
 CLOCK_TICK = 2 * 10**9  # nanoseconds
 
@@ -42,52 +30,6 @@ def image_endings() -> frozenset[str]:
     Image.init()
     extensions = Image.registered_extensions().items()
     return frozenset(end for end, kind in extensions if kind in Image.OPEN and kind not in NOT_IMAGES)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pixels
-
-
-def image_mode(channels: int) -> str:
-    """Pillow's mode of the images for a model with this number of input channels. Raises UserError unless 1 or 3."""
-    if channels not in (1, 3):
-        raise UserError(f"the model takes {channels} channels (in_chans), images have 1 or 3: give a model of 1 or 3")
-    return "L" if channels == 1 else "RGB"
-
-
-def to_pixels(image: Image.Image, mode: str) -> Image.Image:
-    """An image of any kind as 8-bit grey ("L") or colour ("RGB") values, upright.
-
-    EXIF's orientation is applied. 16-bit values (modes I;16 and I) are divided by 257. Decimal values (mode F) are
-    multiplied by 255 if none is above 1, else they are taken as they are. Transparency is dropped, as by Pillow's
-    convert(): a transparent pixel has the colour that is stored for it. Raises UserError for whole numbers beyond
-    0 to 65535 and for decimal values beyond 0 to 255.
-    """
-    image.load()  # first, because loading a TIFF applies its orientation and removes it
-    turn = TURNS.get(_orientation(image))
-    if image.mode[0] in "IF":
-        image = _to_8_bits(image)
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns if it is converted to RGB at once
-    image = image.convert(mode)
-    return image if turn is None else image.transpose(turn)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # Pillow raises many types for damaged EXIF data, without which the image is as it is stored
-        return 1
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    values, whole = np.asarray(image), image.mode[0] == "I"
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= (65535 if whole else 255)):  # a NaN is neither
-        known = "whole numbers from 0 to 65535" if whole else "decimal numbers from 0 to 1 or from 0 to 255"
-        raise UserError(f"its values go from {low:g} to {high:g}, not {known}: scale them to 8 or 16 bits")
-    scale = 1 / 257 if whole else 255 if high <= 1 else 1
-    return Image.fromarray(np.rint(values * scale).astype("uint8"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,9 +51,10 @@ def _is_image(name: str) -> bool:
 
 @dataclass
 class Listing:
-    """What lies in a folder of class folders; paths are relative to it.
+    """What lies in a folder of images; paths are relative to it.
 
-    classes: name -> image files, sorted.  passed_over: ending -> number of the files that are not images.
+    classes: name -> image files, sorted; without classes, all of them are under the name "".  passed_over: ending ->
+    number of the files that are not images.
     folders: every folder that was read -> its modification time in ns.  listed: the time of listing in ns.
     """
 
@@ -184,16 +127,26 @@ def _identity(folder: Path) -> tuple[int, int]:
 def image_files(folder: Path) -> list[Path]:
     """All image files below a folder, sorted; says how many other files are passed over.
 
+    Raises UserError as list_images() does.
+    """
+    listing = list_images(folder)
+    listing.say_passed_over(folder)
+    return [folder / path for path in listing.classes[""]]
+
+
+def list_images(root: Path) -> Listing:
+    """Lists all images below a folder, without classes.
+
     Raises UserError where the folder does not exist or holds no image.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder of images")
-    walk = _Walk(folder)
-    found = sorted(folder / path for path in walk.images(""))
-    if not found:
-        raise UserError(f"{folder} holds no image")
-    Listing(passed_over=walk.passed_over).say_passed_over(folder)
-    return found
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder of images")
+    walk, listing = _Walk(root), Listing(listed=time.time_ns())
+    listing.classes[""] = sorted(progress_bar(walk.images(""), f"listing {root.name}"))
+    if not listing.classes[""]:
+        raise UserError(f"{root} holds no image")
+    listing.passed_over, listing.folders = dict(walk.passed_over), walk.folders
+    return listing
 
 
 def list_classes(root: Path) -> Listing:
@@ -234,26 +187,34 @@ def _stray_image(root: Path, name: str, flat: bool) -> str:
 # The index: listings that are kept
 
 
-_listings: dict[Path, Listing] = {}  # of this process, by the absolute path of the folder
+_listings: dict[tuple[Path, bool], Listing] = {}  # of this process, by the absolute path and whether there are classes
 
 
-def listing_of(root: Path, index: Path | None) -> Listing:
-    """list_classes(), or what it gave before if nothing has changed since: in this process, or as `index` keeps it."""
+def listing_of(root: Path, index: Path | None, classes: bool = True) -> Listing:
+    """list_classes() or list_images(), or what it gave before if nothing has changed since.
+
+    It is kept in this process, and for later ones in the folder `index`.
+    """
     if index:
         check_output_dir(index, "--index")
-    place = root.resolve()
-    listing = _listings.get(place)
+    key = root.resolve(), classes
+    listing = _listings.get(key)
     if listing is None or not listing.is_current(root):
-        listing = _listings[place] = _indexed(root, index) if index else list_classes(root)
+        listing = _listings[key] = _indexed(root, index, classes) if index else _list(root, classes)
     return listing
 
 
-def _indexed(root: Path, index: Path) -> Listing:
+def _list(root: Path, classes: bool) -> Listing:
+    return list_classes(root) if classes else list_images(root)
+
+
+def _indexed(root: Path, index: Path, classes: bool) -> Listing:
     place = root.resolve()
-    path = index / f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.json"
+    kind = "" if classes else "-images"
+    path = index / f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}{kind}.json"
     listing = _read_listing(path)
     if listing is None or not listing.is_current(root):
-        listing = list_classes(root)
+        listing = _list(root, classes)
         write_text(path, json.dumps({"folder": str(place), **dataclasses.asdict(listing)}))
     return listing
 
@@ -283,17 +244,18 @@ def _read_listing(path: Path) -> Listing | None:
 class ImageFolder:
     """The images of a folder that holds a folder for each class, with their classes, as in torchvision.
 
-    A class is a folder directly below `root`; images may lie in it or in folders inside it. Item: (path, class).
+    A class is a folder directly below `root`; images may lie in it or in folders inside it. Without `classes`, images
+    may lie anywhere below `root`, and all are of class 0. Item: (path, class).
     samples: all items.  class_to_idx: class name -> class, sorted by name.
     """
 
-    def __init__(self, root: Path | str, index: Path | None = None):
+    def __init__(self, root: Path | str, index: Path | None = None, classes: bool = True):
         """index: a folder where the listing is kept for later runs.
 
         With several processes this is a collective call: rank 0 lists, the others get what it found.
         """
         root = Path(root)
-        listing = on_main_process(lambda: listing_of(root, index))
+        listing = on_main_process(lambda: listing_of(root, index, classes))
         listing.say_passed_over(root)
         self.root = root
         self.class_to_idx = {name: number for number, name in enumerate(listing.classes)}

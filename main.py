@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from arguments import open_network
-from datasets import Images, TrainLoader, eval_loader, open_splits, proxy_set
+from datasets import Images, TrainLoader, check_labels, eval_loader, open_splits, proxy_set
 from engine import Run, evaluate
 from files import CheckpointFolder, check_output_dir, only_run_in
 from logs import RunLog
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 NOT_SETTINGS = {
     *("output_dir", "resume", "checkpoint_steps", "keep_every", "eval_every", "eval", "frontier", "baseline"),
     *("device", "workers", "rank", "local_rank", "world_size", "distributed"),
-    *("data_path", "index", "checkpoint", "mask_table"),
+    *("data_path", "index", "checkpoint", "mask_table", "knn_images"),
     *("mean", "std", "interpolation", "crop_pct"),
 }
 # Sizes that PIAD is evaluated at besides the whole network and the smallest, once the table reaches them.
@@ -77,7 +77,8 @@ def main() -> None:
 
 def train_command(args: argparse.Namespace, device: torch.device) -> None:
     """Builds what the stage needs and runs its epochs; with --resume it continues from the checkpoint."""
-    train_images, val_images = open_splits(args.data_set, args.data_path, index=args.index)
+    train_images, val_images = open_splits(args.data_set, args.data_path, index=args.index, seed=args.seed)
+    check_labels(train_images, args.data_set, f"--stage {args.stage}", "give a data set with a folder per class")
     whole = open_start(args, train_images.num_classes)
     config = whole.preprocessing
     loading = {"batch_size": args.batch_size, "workers": args.workers}

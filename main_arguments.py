@@ -62,7 +62,8 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline",
         type=Path,
         metavar="FILE",
-        help="with --eval: other weights of the same model, cut to the same widths and evaluated for comparison",
+        help="with --eval: other weights of the same model, cut to the same widths and evaluated for comparison; of a "
+        "sub-network also the whole network that its fidelity refers to",
     )
     group.add_argument(
         "--frontier", type=positive, metavar="N", help="N sizes evenly spaced in MACs, besides those of the other flags"
@@ -198,8 +199,8 @@ def words_to_open(args: argparse.Namespace) -> list[str]:
     words = words if args.model_kwargs else []
     given = {key: getattr(args, key) for key in ("model", "checkpoint", "mask_table", "data_set", "data_path")}
     given |= data_overrides(args)
-    if args.refit:
-        given |= {"proxy_samples": args.proxy_samples, "seed": args.seed}
+    given |= {"seed": args.seed} if args.seed else {}  # images are held back and drawn by it
+    given |= {"proxy_samples": args.proxy_samples} if args.refit else {}
     for key, value in given.items():
         if value is not None:
             values = value if isinstance(value, list | tuple) else [value]

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from arguments import Parser, add_common_arguments, add_dropout_ratio, decimal, open_network
-from datasets import eval_loader, open_splits, proxy_set
-from engine import evaluate
+from datasets import check_labels, eval_loader, open_splits, proxy_set
+from fidelity import Evaluator
 from files import check_output_dir
 from logs import TensorBoard
 from models.backbone import Backbone, full_widths
 from models.extraction import extract
 from models.loading import fit_head
-from models.targets import COSTS, LABELLED, TARGETS, default_cost
+from models.targets import COSTS, LABELLED, TARGETS, check_cost, check_target, default_cost
+from report.frontier import make_evaluator
+from report.measures import sentence
 from supernet.contraction import METHODS, Contraction, contract_network, save_contracted
 from utils import UserError, init_processes, is_main_process, peak_memory, run_program, say, seed_everything
 from wpac.compensation import DAMPING
@@ -36,22 +37,27 @@ def main() -> None:
         raise UserError("no weights to contract: give --checkpoint FILE, or --pretrained for timm's weights")
     check_output_dir(args.output_dir)
 
-    images, val = open_splits(args.data_set, args.data_path, with_val=not args.no_eval, index=args.index)
+    images, val = open_splits(
+        args.data_set, args.data_path, with_val=not args.no_eval, index=args.index, seed=args.seed
+    )
+    labels = images.num_classes is not None
+    if args.cost in LABELLED:
+        check_labels(images, args.data_set, f"--cost {args.cost}", "leave it out, or give another cost")
     network = open_network(args, plain_weights=True)
     if network.is_subnetwork:
         raise UserError(f"{args.checkpoint} is a sub-network: contract the whole network")
     model = network.model.to(device)
     network.target = args.target or network.target
-    paper = args.method == "paper" and network.target == "logits"
+    check_target(model, network.target)
+    paper = args.method == "paper" and network.target == "logits" and labels
     cost = args.cost or ("logit" if paper else default_cost(network.target))
-    if val or cost in LABELLED:
+    check_cost(cost, network.target)
+    if network.target == "logits" and (cost in LABELLED or (labels and val)):
         fit_head(model, images.num_classes, remake=False)
-    loading = {"batch_size": args.batch_size, "workers": args.workers}
     proxy_images = proxy_set(images, args.proxy_samples, args.seed)
-    proxy = eval_loader(proxy_images, network.preprocessing, **loading)
-    val_batches = eval_loader(val, network.preprocessing, **loading) if val else None
+    proxy = eval_loader(proxy_images, network.preprocessing, batch_size=args.batch_size, workers=args.workers)
 
-    top1 = {"before": evaluate(model, val_batches, device)["top1"]} if val else {}
+    found = {"before": make_evaluator(args, network, val, device, None)(model)} if val and labels else {}
     contraction = contract_network(
         network,
         proxy,
@@ -65,9 +71,10 @@ def main() -> None:
     facts = facts_of(args, contraction) | {"cost": cost, "proxy_samples": len(proxy_images)}
     report(facts, network.target)
     if val:
-        facts["top1"] = top1 | truncated_top1(model, val_batches, device)
-        for name, value in facts["top1"].items():
-            say(f"top-1 {name}: {value:.2f} %")
+        evaluator = make_evaluator(args, network, val, device, model)
+        facts["evaluation"] = found | truncated_models(model, evaluator)
+        for name, values in facts["evaluation"].items():
+            say(f"{name}: {sentence(values)}")
     save_contracted(network, args.output_dir, facts, with_table=args.mask_table)
     show(contraction, facts, args.output_dir, len(proxy.dataset) / contraction.seconds, peak_memory(device))
 
@@ -87,10 +94,12 @@ def parse_arguments() -> argparse.Namespace:
         choices=COSTS,
         help="the cost whose gradient weighs the tokens. With labels: logit of the true class, ce = cross-entropy. "
         "Without: pred = the largest logit, fisher = cross-entropy of a class drawn from the prediction; signs = the "
-        "features or tokens times random signs (default: logit; fisher with --method best; signs for features and "
-        "tokens)",
+        "features or tokens times random signs (default: logit; fisher with --method best, or without labels; signs "
+        "for features and tokens)",
     )
-    group.add_argument("--no-eval", action="store_true", help="skip the evaluation on val/")
+    group.add_argument(
+        "--no-eval", action="store_true", help="skip the evaluation on val/, or on the images that are held back"
+    )
     group.add_argument(
         "--method",
         choices=METHODS,
@@ -156,13 +165,12 @@ def report(facts: dict, target: str) -> None:
         say(f"  {key:>8}  " + "   ".join(f"{name} " + " ".join(f"{v:.3f}" for v in row) for name, row in parts.items()))
 
 
-def truncated_top1(model: Backbone, batches: DataLoader, device: torch.device) -> dict[str, float]:
-    """Top-1 of the contracted model in percent: whole, and with 3/4, 1/2, 1/4 of its attention dims."""
-    results = {"after": evaluate(model, batches, device)["top1"]}
+def truncated_models(model: Backbone, evaluator: Evaluator) -> dict[str, dict[str, float]]:
+    """What the evaluator finds of the contracted model: whole, and with 3/4, 1/2, 1/4 of its attention dims."""
+    results = {"after": evaluator(model)}
     for share in reversed(SHARES):
         widths = {k: int(w * share) if k.endswith(".attn") else w for k, w in full_widths(model).items()}
-        small = extract(model, widths)
-        results[truncated(share)] = evaluate(small, batches, device)["top1"]
+        results[truncated(share)] = evaluator(extract(model, widths))
     return results
 
 
@@ -172,9 +180,9 @@ def truncated(share: float) -> str:
 
 
 def show(contraction: Contraction, facts: dict, folder: Path, images_per_second: float, memory: int) -> None:
-    """Writes spectra.png, and to TensorBoard the picture, top-1, and speed and memory of the statistics.
+    """Writes spectra.png, and to TensorBoard the picture, the evaluation, and speed and memory of the statistics.
 
-    Contraction has no steps: a point of top-1 stands at the percentage of the attention dims that are kept.
+    Contraction has no steps: a measured value stands at the percentage of the attention dims that are kept.
     """
     if not is_main_process():
         return
@@ -186,9 +194,9 @@ def show(contraction: Contraction, facts: dict, folder: Path, images_per_second:
     say(f"written: {folder / 'spectra.png'}")
     log = TensorBoard(folder)
     log.figure("spectra", partial(draw_spectra, shares, measure), 0)
-    top1 = facts.get("top1", {})
-    for share, name in {1.0: "after", **{share: truncated(share) for share in SHARES}}.items() if top1 else ():
-        log.scalars({"top1": top1[name]}, round(100 * share))
+    found = facts.get("evaluation", {})
+    for share, name in {1.0: "after", **{share: truncated(share) for share in SHARES}}.items() if found else ():
+        log.scalars(found[name], round(100 * share))
     log.machine(images_per_second, memory, 0)
     log.close()
 

@@ -18,10 +18,10 @@ def extract(model: Backbone, widths: dict[str, int], share_memory: bool = False)
     """The sub-network of `model` at `widths`, on memory of its own.
 
     With share_memory it reads the super-network's memory wherever a cut is a contiguous view: faster and smaller, but
-    not to be trained. It takes images (B, C, height, width) and gives logits (B, classes), as the model does. Its
-    blocks, attentions and MLPs are timm's; only a block with a bypassed branch, and the two layers that v goes through
-    where v alone is cut, are classes of models/subnetwork.py. Works on the meta device, too, where it gives the
-    structure without weights. Raises UserError for widths that do not fit the model.
+    not to be trained. It takes images (B, C, height, width) and gives what the model gives. Its blocks, attentions and
+    MLPs are timm's; only a block with a bypassed branch, and the two layers that v goes through where v alone is cut,
+    are classes of models/subnetwork.py. Works on the meta device, too, where it gives the structure without weights.
+    Raises UserError for widths that do not fit the model.
     """
     check_widths(model, widths)
     # deepcopy takes what the memo holds instead of copying it, so that the weights to be cut are never copied whole.

@@ -6,6 +6,8 @@ A copy of this file lies in every sub-network's folder as `model.py`, and needs 
     model = load()                            # in eval mode: images (B, C, height, width) -> logits (B, classes)
     model = load(drop_path_rate=0.1).train()  # to train it further: further arguments are timm.create_model()'s
 
+Of an encoder, which has no classifier head, model(images) are the features (B, D), and model.forward_features(images)
+all tokens (B, N, D) after the last norm. "target" in `config.json` says which of them the sub-network keeps.
 `config.json` beside it says how images are prepared ("preprocessing", under the names of timm.data.create_transform).
 """
 

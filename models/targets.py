@@ -15,7 +15,8 @@ from utils import UserError, mixed_seed
 
 from .backbone import Backbone
 
-TARGETS = ("logits", "features", "tokens")
+# Target -> its shape in words.
+TARGETS = {"logits": "(batch, classes)", "features": "(batch, dim)", "tokens": "(batch, tokens, dim)"}
 
 
 def default_target(model: Backbone) -> str:
@@ -41,6 +42,14 @@ def output_of(model: Backbone, images: Tensor, target: str) -> Tensor:
         return model(images)
     tokens = model.forward_features(images)
     return tokens.flatten(1, -2) if target == "tokens" else model.forward_head(tokens, pre_logits=True)
+
+
+def outputs_of(model: Backbone, images: Tensor, target: str) -> dict[str, Tensor]:
+    """The target of images by its name; of the target "tokens" also the features, which are pooled from them."""
+    if target != "tokens":
+        return {target: output_of(model, images, target)}
+    tokens = model.forward_features(images)
+    return {"tokens": tokens.flatten(1, -2), "features": model.forward_head(tokens, pre_logits=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

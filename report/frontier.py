@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 import supernet
 from arguments import open_network
-from datasets import Images, eval_loader, open_images, proxy_set
-from engine import evaluate
+from datasets import UNLABELLED, Images, drawn, eval_loader, open_images, proxy_set
+from fidelity import ACCURACY, FIDELITY, Evaluator
 from files import write_text
 from main_arguments import words_to_open
 from models.backbone import Backbone
@@ -31,21 +30,34 @@ from supernet.latency import measure_latency
 from utils import UserError, device_name, is_main_process, progress_bar, say
 from wpac.refit import check_refit
 
+from .measures import measures_of
+
 
 def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluates a super-network at the sizes that the flags ask for, or a sub-network."""
-    val_images = open_images(args.data_set, args.data_path, "val", args.index)
+    val_images = open_images(args.data_set, args.data_path, "val", args.index, args.seed)
     network, op_codes = open_at_sizes(args, val_images.num_classes)
     network.model.to(device)
-    val = eval_loader(val_images, network.preprocessing, batch_size=args.batch_size, workers=args.workers)
+    baseline = open_baseline(args, network)
+    whole = network if not network.is_subnetwork else baseline
+    if baseline:
+        baseline.model.to(device)
+    if whole is None and val_images.num_classes is None:
+        raise UserError(
+            f"--data-set {args.data_set} has no labels, and {args.checkpoint} is a sub-network, without the whole "
+            "network to compare it with: give that as --baseline, or a data set with labels"
+        )
     weights = args.checkpoint if network.is_subnetwork else network.source
     kind = "averaged (EMA)" if network.averaged else "raw"
-    say(f"weights: {weights}, {kind}; {len(val_images)} images of {args.data_set}")
+    data = Path(args.data_path).name if args.data_set == UNLABELLED else args.data_set
+    say(f"weights: {weights}, {kind}; {len(val_images)} images of {data}")
     facts = {
-        "title": f"{args.data_set}: one super-network of {format_amount(count_params(network.model))} parameters",
+        "title": f"{data}: one super-network of {format_amount(count_params(network.model))} parameters",
         "weights": str(weights),
         "averaged_weights": network.averaged,
         "grade": "refitted" if args.refit else network.grade,
+        "target": network.target,
+        "compared_with": str(whole.source) if whole else None,
         "images": len(val_images),
         "device": device_name(device),
         "batch_size": args.batch_size,
@@ -55,18 +67,36 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
     rows = evaluate_sizes(
         network,
         op_codes,
-        val,
+        make_evaluator(args, network, val_images, device, whole.model if whole else None),
         device,
+        batch_size=args.batch_size,
         amp=args.amp,
-        baseline=open_baseline(args, network),
+        baseline=baseline,
         images=proxy_images(args, network) if args.refit else None,
         then=partial(write_sub_network, args, network, facts) if args.write_sub_networks else None,
     )
     write_report(rows, args.output_dir, facts)
 
 
-def open_at_sizes(args: argparse.Namespace, num_classes: int) -> tuple[Network, list[int]]:
-    """The network that the flags name, and the op codes that they ask for."""
+def make_evaluator(
+    args: argparse.Namespace, network: Network, val: Images, device: torch.device, whole: Backbone | None
+) -> Evaluator:
+    """What evaluates models of the network's target on the images, as far as these and the flags allow.
+
+    whole: the network to compare with, on the device.
+    """
+    loading = {"batch_size": args.batch_size, "workers": args.workers}
+    labels, training = val.num_classes is not None, None
+    if labels and network.target != "logits":
+        train = open_images(args.data_set, args.data_path, "train", args.index, args.seed)
+        training = eval_loader(drawn(train, args.knn_images, args.seed), network.preprocessing, **loading)
+    batches = eval_loader(val, network.preprocessing, **loading)
+    amp = getattr(args, "amp", None)
+    return Evaluator(network.target, batches, device, labels=labels, training=training, whole=whole, amp=amp)
+
+
+def open_at_sizes(args: argparse.Namespace, num_classes: int | None) -> tuple[Network, list[int]]:
+    """The network that the flags name, and the op codes that they ask for. num_classes: of the data, if it has any."""
     if args.checkpoint is None:
         raise UserError("--checkpoint is missing: give the super-network's checkpoint_<epoch>.pth, or its folder")
     network = open_network(args)
@@ -77,7 +107,8 @@ def open_at_sizes(args: argparse.Namespace, num_classes: int) -> tuple[Network, 
             raise UserError(f"{args.checkpoint} is a sub-network, which has one size: leave --op-code and budgets out")
     if args.refit:
         check_refit(network.model)
-    fit_head(network.model, num_classes, remake=False)
+    if network.target == "logits" and num_classes is not None:
+        fit_head(network.model, num_classes, remake=False)
     return network, [0] if network.is_subnetwork else chosen_op_codes(args, network)
 
 
@@ -96,7 +127,7 @@ def open_baseline(args: argparse.Namespace, network: Network) -> Network | None:
 
 def proxy_images(args: argparse.Namespace, network: Network) -> list[torch.Tensor]:
     """The proxy images in memory: batches (B, C, height, width)."""
-    train: Images = open_images(args.data_set, args.data_path, "train", args.index)
+    train = open_images(args.data_set, args.data_path, "train", args.index, args.seed)
     proxy = proxy_set(train, args.proxy_samples, args.seed)
     loader = eval_loader(proxy, network.preprocessing, batch_size=args.batch_size, workers=args.workers)
     return [images for images, _ in loader]
@@ -105,14 +136,17 @@ def proxy_images(args: argparse.Namespace, network: Network) -> list[torch.Tenso
 def write_sub_network(
     args: argparse.Namespace, network: Network, facts: dict[str, Any], model: Backbone, row: dict[str, Any]
 ) -> None:
-    """Writes an evaluated sub-network as the folder op_<code>/."""
+    """Writes an evaluated sub-network as the folder op_<code>/, with the accuracy and the fidelity that were found."""
     if is_main_process():
+        found = {}
+        for name, measures in {"accuracy": ACCURACY, "fidelity": FIDELITY}.items():
+            values = {key: row[key] for key in measures if key in row}
+            found |= {name: values | {"images": facts["images"], "data_set": args.data_set}} if values else {}
         network.save(
             args.output_dir / f"op_{row['op_code']}",
             model,
             op_code=row["op_code"],
-            accuracy={key: row[key] for key in ("top1", "top5", "loss")} | {"images": facts["images"]},
-            data_set=args.data_set,
+            **found,
             grade=facts["grade"],
         )
 
@@ -129,27 +163,29 @@ def describe(model: Backbone) -> dict[str, int]:
 def evaluate_sizes(
     network: Network,
     op_codes: list[int],
-    batches: DataLoader,
+    evaluator: Evaluator,
     device: torch.device,
     *,
+    batch_size: int,
     amp: torch.dtype | None = None,
     baseline: Network | None = None,
     images: list[torch.Tensor] | None = None,
     then: Callable[[Backbone, dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row per op code: widths, size counted on the extracted model, accuracy on the batches, images per second.
+    """A row per op code: widths, size counted on the extracted model, what the evaluator finds, images per second.
 
-    baseline: other weights with the same mask table; their top-1 goes into baseline_top1.  images: refit each
-    sub-network on them.  then(sub-network, row) is called for each.
+    baseline: other weights with the same mask table, on the device; what they have of the first measure goes into
+    baseline_<measure>.  images: refit each sub-network on them.  then(sub-network, row) is called for each.
     """
     rows = []
     for code in progress_bar(op_codes, "sizes"):
         small = network.cut(code, images).to(device)
-        speed = {"images_per_second": batches.batch_size / measure_latency(small, batches.batch_size, amp)}
-        row = {"op_code": code, **describe(small), **evaluate(small, batches, device, amp), **speed}
-        row["widths"] = network.table.widths(code)
+        speed = {"images_per_second": batch_size / measure_latency(small, batch_size, amp)}
+        found = evaluator(small)
+        row = {"op_code": code, **describe(small), **found, **speed, "widths": network.table.widths(code)}
         if baseline is not None:
-            row["baseline_top1"] = evaluate(baseline.cut(code).to(device), batches, device, amp)["top1"]
+            main = next(iter(measures_of(found)))
+            row[f"baseline_{main}"] = evaluator(baseline.cut(code))[main]
         rows.append(row)
         if then:
             then(small, row)
@@ -157,20 +193,25 @@ def evaluate_sizes(
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:
-    """The rows as a text table, with a line on what the columns mean."""
+    """The rows as a text table, with lines on what the columns mean."""
     columns = {
         "op code": lambda row: str(row["op_code"]),
         "MACs": lambda row: format_amount(row["macs_linear"]),
         "MACs full": lambda row: format_amount(row["macs_full"]),
         "params": lambda row: format_amount(row["params"]),
-        "top-1": lambda row: f"{row['top1']:.2f}",
-        "top-5": lambda row: f"{row['top5']:.2f}",
-        "images/s": lambda row: f"{row['images_per_second']:.0f}",
     }
     notes = ["MACs: per image, linear layers alone, as the paper counts; MACs full: with the attention products."]
-    if "baseline_top1" in rows[0]:
-        columns["untrained"] = lambda row: f"{row['baseline_top1']:.2f}"
-        notes.append("untrained: top-1 of the same widths cut from the contracted weights, without PIAD.")
+    measures = measures_of(rows[0])
+    for key, measure in measures.items():
+        columns[measure.name] = lambda row, key=key, measure=measure: measure.text(row[key])
+        notes += [measure.note()] if key not in ("top1", "top5") else []
+    columns["images/s"] = lambda row: f"{row['images_per_second']:.0f}"
+    main = next(iter(measures))
+    if f"baseline_{main}" in rows[0]:
+        columns["untrained"] = lambda row: measures[main].text(row[f"baseline_{main}"])
+        notes.append(
+            f"untrained: {measures[main].name} of the same widths cut from the contracted weights, without PIAD."
+        )
     lines = ["  ".join(f"{name:>9}" for name in columns)]
     lines += ["  ".join(f"{cell(row):>9}" for cell in columns.values()) for row in rows]
     return "\n".join(lines + notes)

@@ -12,15 +12,17 @@ from typing import Any
 
 from arguments import Parser
 from files import read_json, shown, write_text
-from supernet.selection import format_amount
+from supernet.amounts import format_amount
 from utils import UserError, run_program, say
+
+from .measures import MEASURES, curves_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATOR = '<meta name="generator" content="page.py">'  # marks a page that this program wrote
 # What the page needs of frontier.json.
 FACTS = {"title": str, "weights": str, "averaged_weights": bool, "grade": str, "images": int, "device": str,
          "batch_size": int, "arguments": list, "full_widths": dict, "sizes": list}  # fmt: skip
-NUMBERS = ("op_code", "macs_linear", "params", "top1", "images_per_second")
+NUMBERS = ("op_code", "macs_linear", "params", "images_per_second")
 
 
 def main() -> None:
@@ -49,7 +51,7 @@ def read_report(path: Path) -> dict[str, Any]:
     for key, width in report["full_widths"].items():
         if type(width) is not int or width < 1:
             raise _no_report(path, f"full_widths.{key}", width)
-    names = [*NUMBERS, *(["baseline_top1"] if "baseline_top1" in report["sizes"][0] else [])]
+    names = numbers_of(report["sizes"][0]) if isinstance(report["sizes"][0], dict) else NUMBERS
     for index, size in enumerate(report["sizes"]):
         size = size if isinstance(size, dict) else {}
         widths = size.get("widths")
@@ -57,11 +59,21 @@ def read_report(path: Path) -> dict[str, Any]:
             raise _no_report(path, f"sizes.{index}.widths", widths)
         numbers = {name: size.get(name) for name in names} | {f"widths.{key}": width for key, width in widths.items()}
         for name, value in numbers.items():
-            if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+            low = -1 if name in MEASURES and MEASURES[name].unit == "cosine" else 0
+            if type(value) not in (int, float) or not math.isfinite(value) or value < low:
                 raise _no_report(path, f"sizes.{index}.{name}", value)
         if not size["images_per_second"] or not size["macs_linear"]:
             raise _no_report(path, f"sizes.{index}.images_per_second or macs_linear", 0)
     return report
+
+
+def numbers_of(size: dict[str, Any]) -> list[str]:
+    """The keys of the numbers that the page shows of a size, those that were measured of the network last.
+
+    Without any of these, top1 is missing.
+    """
+    measures = [*curves_of(size)] or ["top1"]
+    return [*NUMBERS, *measures, *[key for key in (f"baseline_{measures[0]}",) if key in size]]
 
 
 def _no_report(path: Path, key: str, value: Any) -> UserError:
@@ -74,15 +86,23 @@ def _no_report(path: Path, key: str, value: Any) -> UserError:
 def page_of(report: dict[str, Any], folder: Path) -> str:
     """The page: page.html with the report in it as data."""
     sizes = sorted(report["sizes"], key=lambda size: size["macs_linear"])
-    largest = sizes[-1]["macs_linear"]
+    largest, measures = sizes[-1]["macs_linear"], curves_of(sizes[0])
+    main, first = next(iter(measures.items()))
+    baseline = f"baseline_{main}"
     kind = "averaged (EMA)" if report["averaged_weights"] else "raw"
     data = {
         "facts": f"{report['weights']}, {kind} weights, sub-networks {report['grade']}; {report['images']} images",
         "measured": f"{report['batch_size']} at a time, {report['device']}",
         "quarters": [format_amount(largest * quarter / 4) if quarter else "0" for quarter in range(5)],
         "full_widths": report["full_widths"],
+        "measures": [
+            {"key": key, "name": measure.name, "label": measure.label, "unit": measure.unit, "suffix": measure.suffix}
+            for key, measure in measures.items()
+        ],
         "sizes": [
-            {name: size[name] for name in (*NUMBERS, "baseline_top1", "widths") if name in size}
+            {name: size[name] for name in (*numbers_of(size), "widths")}
+            | {"texts": {key: measure.text(size[key]) for key, measure in measures.items()}}
+            | {"baseline_text": first.text(size[baseline]) if baseline in size else ""}
             | {"macs_text": format_amount(size["macs_linear"]), "params_text": format_amount(size["params"])}
             | {"command": command_of(report["arguments"], size["op_code"], folder)}
             for size in sizes

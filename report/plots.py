@@ -16,36 +16,49 @@ from matplotlib.ticker import MaxNLocator
 from files import atomic_file
 from supernet.amounts import format_amount
 
+from .measures import AXES, curves_of
+
 # The colours of Okabe and Ito, which colour-blind readers can distinguish, and a few more.
-BLUE, ORANGE = "#0072B2", "#D55E00"
-COLOURS = ("#999999", "#000000", ORANGE, "#E69F00", "#CC79A7", "#56B4E9", BLUE, "#882255", "#009E73", "#F0E442")
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+COLOURS = ("#999999", "#000000", ORANGE, "#E69F00", PURPLE, "#56B4E9", BLUE, "#882255", GREEN, "#F0E442")
 MARKERS = "sXo^vDPh*d"
 
 
 def plot_frontier(rows: list[dict[str, Any]], path: Path, title: str, measured: str) -> None:
-    """Plots top-1 accuracy (percent) against MACs and against measured milliseconds per image.
+    """Plots what was measured of each size against MACs, and the first measure against milliseconds per image.
 
     rows: as returned by report.frontier.evaluate_sizes().  measured: describes how images_per_second was measured, for
-    the axis label.
+    the axis label. Measures of one unit share a panel.
     """
     rows = sorted(rows, key=lambda row: row["macs_linear"])
     unit, name = (1e9, "GMACs") if rows[-1]["macs_linear"] >= 1e9 else (1e6, "million MACs")
     macs = [row["macs_linear"] / unit for row in rows]
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
-    panels[0].plot(macs, [row["top1"] for row in rows], "o-", color=BLUE, label="sub-networks of the super-network")
-    if "baseline_top1" in rows[0]:
-        baseline = [row["baseline_top1"] for row in rows]
+    measures = curves_of(rows[0])
+    main, units = next(iter(measures)), list(dict.fromkeys(measure.unit for measure in measures.values()))
+    count = 1 + len(units)
+    figure, panels = plt.subplots(1, count, figsize=(5 * count, 4.2), layout="constrained")
+    panels[1].sharey(panels[0])
+    for axes, kind in zip([panels[0], *panels[2:]], units, strict=True):
+        own = [key for key, measure in measures.items() if measure.unit == kind]
+        for key, colour, marker in zip(own, (BLUE, GREEN, PURPLE), "o^v", strict=False):
+            values = [row[key] for row in rows]
+            axes.plot(macs, values, f"{marker}-", color=colour, label=measures[key].label)
+        axes.set(xlabel=f"{name} for one image (linear layers)", ylabel=AXES[kind])
+        if kind == "nats":
+            axes.set_ylim(bottom=0)
+    if f"baseline_{main}" in rows[0]:
+        baseline = [row[f"baseline_{main}"] for row in rows]
         panels[0].plot(macs, baseline, "s--", color=ORANGE, label="same widths, contracted weights without PIAD")
-    panels[0].set(xlabel=f"{name} for one image (linear layers)", ylabel="top-1 accuracy, %")
     milliseconds = [1000 / row["images_per_second"] for row in rows]
-    panels[1].plot(milliseconds, [row["top1"] for row in rows], "o", color=BLUE)
+    panels[1].plot(milliseconds, [row[main] for row in rows], "o", color=BLUE, label=measures[main].label)
     panels[1].set(xlabel=f"milliseconds per image, {measured}")
     for axes in panels:
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylim(top=101)
-    panels[0].legend(loc="lower right", frameon=False)
+        axes.legend(frameon=False)
+    if units[0] == "%":
+        panels[0].set_ylim(top=min(101, panels[0].get_ylim()[1]))
     figure.suptitle(title)
     save_figure(figure, path)
 

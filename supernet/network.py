@@ -12,10 +12,10 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-from image_folders import image_mode, to_pixels
 from models.backbone import Backbone, full_widths
 from models.extraction import extract
 from piad.mask_table import MaskTable
+from pixels import image_mode, to_pixels
 from wpac.refit import check_refit, refit
 
 from .facts import plain
@@ -67,7 +67,7 @@ class Network:
         )
 
     def read(self, image: Image.Image) -> Tensor:
-        """An image of any kind (see image_folders.to_pixels) under timm's evaluation transform: (C, height, width)."""
+        """An image of any kind (see pixels.to_pixels) under timm's evaluation transform: (C, height, width)."""
         return create_transform(**self.preprocessing)(to_pixels(image, image_mode(self.model.in_chans)))
 
     def macs(self, op_code: int = 0, convention: str = "linear") -> int:

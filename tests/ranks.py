@@ -16,9 +16,11 @@ from tiny import batches, random_backbone, random_data, some_widths
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from fidelity import Evaluator
 from models.backbone import full_widths
 from models.elastic import make_elastic, set_widths
 from models.extraction import extract
+from models.targets import TARGETS
 from piad.importance import dimension_importance, module_sensitivity
 from utils import UserError, check_ranks_agree, gather_over_ranks, mean_over_ranks, reduce_sum, say, world
 from wpac.compensation import compensate
@@ -104,12 +106,24 @@ def process_helpers(rank: int) -> dict[str, Any]:
     }
 
 
+def measured(shard: slice) -> dict[str, dict[str, float]]:
+    """What a sub-network is found to be on one part of the data, for each target."""
+    images, targets = random_data(8)
+    data = batches(images[shard], targets[shard], BATCH_SIZE)
+    whole = random_backbone()
+    small, device = extract(whole, some_widths(whole)), torch.device("cpu")
+    return {
+        target: Evaluator(target, data, device, labels=True, training=data, whole=whole)(small) for target in TARGETS
+    }
+
+
 def rank_work(rank: int) -> dict[str, Any]:
     """Everything that the tests ask of a rank, in one start of the processes."""
     return {
         "statistics": all_statistics(SHARDS[rank]),
         "gradients": ddp_gradients(rank),
         "processes": process_helpers(rank),
+        "measured": measured(SHARDS[rank]),
     }
 
 

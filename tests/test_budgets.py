@@ -36,7 +36,7 @@ def network() -> tuple[VisionTransformer, MaskTable]:
 
 def select(model: VisionTransformer, table: MaskTable, **limits: object) -> int:
     """The op code of a network that is known by its model and its table alone."""
-    return Network(model, table, "", {}, {}).select(**limits)
+    return Network(model, table, "", {}, {}, "logits").select(**limits)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from programs import (
 from timm.models.vision_transformer import VisionTransformer
 from tiny import masked_logits
 
-from datasets import eval_loader, open_images, preprocessing, proxy_set
+from datasets import Digits, eval_loader, open_images, preprocessing, proxy_set
 from engine import evaluate
 from files import load_checkpoint
 from models.elastic import make_elastic
@@ -47,6 +47,8 @@ class Pair:
     reparamed: Path
     peelable: Path
     evaluated: Path
+    unlabelled: Path
+    photos: Path
     printed: str
     pretraining: list[dict[str, Any]]
     piad: list[dict[str, Any]]
@@ -55,7 +57,10 @@ class Pair:
 @pytest.fixture(scope="module")
 def pair(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
-    outputs = [folder / name for name in ("pretrained", "reparamed", "peelable", "evaluated")]
+    outputs = [folder / name for name in ("pretrained", "reparamed", "peelable", "evaluated", "unlabelled", "photos")]
+    outputs[-1].mkdir()
+    for index in range(30):  # three are held back: two for one rank, one for the other
+        Digits("train")[index][0].save(outputs[-1] / f"{index}.png")
     commands = [
         ["main.py", *PRETRAIN, "--batch-size", "64", "--output-dir", str(outputs[0])],
         ["reparam.py", *COMMON, *PROXY, "--batch-size", "10", "--checkpoint",
@@ -63,12 +68,18 @@ def pair(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Pair:
         ["main.py", *TOGETHER, "--checkpoint", str(road.contracted), "--output-dir", str(outputs[2])],
         ["main.py", "--eval", *COMMON, "--checkpoint", str(road.super_network), "--op-code", "0", "-1", "--output-dir",
          str(outputs[3])],
+        ["main.py", "--eval", *unlabelled(outputs[5]), "--checkpoint", str(road.super_network), "--op-code", "0", "-1",
+         "--output-dir", str(outputs[4])],
     ]  # fmt: skip
     (folder / "commands.json").write_text(json.dumps(commands))
     done = call("tests/rank_program.py", folder / "commands.json", folder, processes=2)
     assert done.returncode == 0, done.stderr
     seen = [[torch.load(folder / f"{number}.{rank}.pt") for rank in range(2)] for number in (0, 2)]
     return Pair(*outputs, done.stdout, *seen)
+
+
+def unlabelled(photos: Path) -> list[str]:
+    return [*COMMON, "--data-set", "images", "--data-path", str(photos)]
 
 
 def log_lines(folder: Path) -> list[dict[str, Any]]:
@@ -120,7 +131,7 @@ def test_two_processes_contract_as_one_does(pair: Pair, road: Road):
     for key, parts in expected["shares"].items():
         for name, shares in parts.items():
             assert found["shares"][key][name] == pytest.approx(shares, rel=1e-5)
-    assert found["top1"]["after"] == expected["top1"]["after"]
+    assert found["evaluation"]["after"]["top1"] == expected["evaluation"]["after"]["top1"]
     weights = [load_checkpoint(folder / "contracted.safetensors") for folder in folders]
     for name in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight", "blocks.1.mlp.fc1.bias"):
         assert torch.equal(weights[0][name], weights[1][name]), name  # the same order of hidden units
@@ -212,8 +223,19 @@ def test_two_processes_evaluate_as_one_does(pair: Pair, road: Road):
         assert_measures(row, extract(model, table.widths(row["op_code"])))
 
 
+def test_two_processes_find_the_fidelity_that_one_does(pair: Pair, road: Road, tmp_path: Path):
+    run("main.py", "--eval", *unlabelled(pair.photos), "--checkpoint", road.super_network, "--op-code", 0, -1,
+        "--output-dir", tmp_path)  # fmt: skip
+    found, expected = (json.loads((folder / "frontier.json").read_text()) for folder in (pair.unlabelled, tmp_path))
+    assert found["images"] == expected["images"] == 3
+    for row, alone in zip(found["sizes"], expected["sizes"], strict=True):
+        for key in ("agreement", "kl"):
+            assert row[key] == pytest.approx(alone[key], rel=1e-5, abs=1e-9)
+    assert found["sizes"][1]["kl"] > 1e-3
+
+
 def test_only_the_main_process_speaks(pair: Pair):
     lines = pair.printed.splitlines()
     assert sum("360 images of digits" in line for line in lines) == 1
     assert sum(line.startswith("epoch 0 ") for line in lines) == 2  # two training programs
-    assert sum(line.startswith("top-1 before") for line in lines) == 1
+    assert sum(line.startswith("before: top-1 ") for line in lines) == 1

@@ -150,7 +150,7 @@ logits = np.array([sum(value.size for value in weights.values()) == config["para
 
 
 def test_all_sizes_are_in_one_index(road: Road, tmp_path: Path):
-    measured = ("--measure", "latency", "top1", "--data-set", "digits")
+    measured = ("--measure", "latency", "top1", "fidelity", "--data-set", "digits")
     peelable = tmp_path / "peelable"  # latency.json is written beside the table
     shutil.copytree(road.peelable, peelable)
     run("export.py", peelable, "--all", 3, *measured, "--format", "folder", "--output", tmp_path / "out",
@@ -163,15 +163,23 @@ def test_all_sizes_are_in_one_index(road: Road, tmp_path: Path):
         assert row["files"] == {"folder": f"op_{row['op_code']}"}
         small = load(tmp_path / "out" / row["files"]["folder"])
         assert small.table.rows == [widths] and small.facts["accuracy"] == {"top1": row["top1"]}
+        assert small.facts["fidelity"] == row["fidelity"]
+        assert row["fidelity"].keys() == {"agreement", "kl", "images", "data_set"} and row["fidelity"]["images"] == 360
         macs = {convention: count_macs(network.model, widths, convention) for convention in ("linear", "full")}
         assert row["macs"] == macs and row["params"] == count_params(network.model, widths)
         assert row["memory"] == 4 * row["params"] and 0 <= row["top1"] <= 100
         assert row["latency"]["seconds"] > 0 and row["latency"]["batch_size"] == 1
     assert index["preprocessing"] == network.preprocessing
+    assert index["output"] == "logits, float32 (batch, classes)"
+    first, _, last = (row["fidelity"] for row in index["sizes"])
+    assert (first["agreement"], first["kl"]) == (100, 0) and last["agreement"] < 100 and last["kl"] > 1e-3
+    run("export.py", tmp_path / "out" / "op_0", "--output", tmp_path / "copy", "--device", "cpu")
+    (row,) = json.loads((tmp_path / "copy" / "index.json").read_text())["sizes"]
+    assert (row["top1"], row["fidelity"]) == (index["sizes"][0]["top1"], first)
     # What is known is told without being measured again, and what is not known is left out.
     run("export.py", peelable, "--op-code", 0, 1, "--output", tmp_path / "again", "--device", "cpu")
     rows = json.loads((tmp_path / "again" / "index.json").read_text())["sizes"]
-    assert rows[0]["latency"] == index["sizes"][0]["latency"] and not {"latency", "top1"} & rows[1].keys()
+    assert rows[0]["latency"] == index["sizes"][0]["latency"] and not {"latency", "top1", "fidelity"} & rows[1].keys()
 
 
 def test_a_sub_network_is_exported_as_it_is(road: Road, tmp_path: Path):
@@ -203,6 +211,7 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
         (("--latency", "0.001us"), ("no sub-network takes at most 1e-06 ms", "the fastest, op code")),
         (("--macs", "100K", "50K", "--memory", "1MB"), ("--macs has 2 values beside --memory",)),
         (("--op-code", 0, "--measure", "top1"), ("--measure top1 needs --data-set",)),
+        (("--op-code", 0, "--measure", "fidelity"), ("--measure fidelity needs --data-set",)),
         (("--op-code", 0, "--data-set", "folder", "--data-path", "/none"), ("/none does not exist",)),
     ],
 )
@@ -210,6 +219,11 @@ def test_what_cannot_be_exported_is_one_line(flags: tuple, says: tuple, road: Ro
     line = refused(capsys, road.peelable, *flags, "--output", tmp_path / "out")
     assert all(part in line for part in says)
     assert snapshot(tmp_path) == {}
+
+
+def test_a_sub_network_has_no_whole_network_to_be_compared_with(road: Road, tmp_path: Path, capsys):
+    line = refused(capsys, road.peeled, "--measure", "fidelity", "--data-set", "digits", "--output", tmp_path / "out")
+    assert f"--measure fidelity needs the whole network, and {road.peeled} is a sub-network" in line
 
 
 def test_a_missing_package_is_named_with_what_to_type(road: Road, tmp_path: Path, capsys, monkeypatch):
@@ -255,9 +269,9 @@ def test_an_output_that_exists_is_written_over_only_with_force(road: Road, tmp_p
 
 
 def test_an_export_that_differs_is_not_written(road: Road, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
-    def off(size: formats.Size, folder: Path) -> tuple[Path, formats.Logits]:
-        path, logits_of = formats.write_folder(size, folder)
-        return path, lambda images: logits_of(images) * 1.001
+    def off(size: formats.Size, folder: Path) -> tuple[Path, formats.Outputs]:
+        path, outputs_of = formats.write_folder(size, folder)
+        return path, lambda images: outputs_of(images) * 1.001
 
     monkeypatch.setitem(formats.FORMATS, "folder", off)
     line = refused(capsys, road.peelable, "--op-code", 3, "--output", tmp_path / "out")

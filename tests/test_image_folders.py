@@ -17,9 +17,11 @@ from programs import MODEL_KWARGS, NAME
 from ranks import run_in_ranks
 
 import image_folders
+import pixels
 import supernet
 from datasets import eval_loader, open_images, open_splits
-from image_folders import ImageFolder, image_endings, image_files, to_pixels
+from image_folders import ImageFolder, image_endings, image_files
+from pixels import to_pixels
 from utils import UserError
 
 RED = (200, 30, 90)
@@ -108,11 +110,11 @@ def test_images_are_upright(tmp_path: Path, ending: str, orientation: int):
     """Stored so that the orientation undoes it: red, green, blue at the corners come back to where they were."""
     upright = np.zeros((32, 48, 3), "uint8")
     upright[:16, :16], upright[:16, 32:], upright[16:, :16] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    undo = {**image_folders.TURNS, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    undo = {**pixels.TURNS, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
     stored = Image.fromarray(upright)
     stored = stored.transpose(undo[orientation]) if orientation > 1 else stored
     exif = Image.Exif()
-    exif[image_folders.ORIENTATION] = orientation
+    exif[pixels.ORIENTATION] = orientation
     lossless = {"quality": 100, "lossless": True} if ending == "webp" else {"quality": 100} if ending == "jpg" else {}
     path = save(tmp_path / f"image.{ending}", stored, exif=exif, **lossless)
     found = np.asarray(to_pixels(Image.open(path), "RGB")).astype(int)
@@ -146,7 +148,7 @@ def test_the_network_and_the_loader_read_the_same(tmp_path: Path):
     for number, (image, ending, _) in enumerate(KINDS.values()):
         save(tmp_path / f"val/cat/{number:02}.{ending}", image.resize((20, 20), Image.Resampling.NEAREST))
     exif = Image.Exif()
-    exif[image_folders.ORIENTATION] = 6
+    exif[pixels.ORIENTATION] = 6
     save(tmp_path / "val/cat/rotated.jpg", Image.linear_gradient("L"), exif=exif)
     val = open_images("folder", str(tmp_path), "val")
     for channels in (1, 3):
@@ -355,6 +357,21 @@ def test_a_folder_that_has_just_changed_is_listed_again(tmp_path: Path, listed: 
     for _ in range(2):
         open_images("folder", str(tmp_path), "val", tmp_path / "index")
     assert listed == ["val", "val"]
+
+
+def test_a_folder_without_classes_has_an_index_of_its_own(tmp_path: Path, listed: list[str], monkeypatch):
+    root, index, trees = two_splits(tmp_path / "data") / "train", tmp_path / "index", []
+    real = image_folders.list_images
+    monkeypatch.setattr(image_folders, "list_images", lambda folder: trees.append(folder.name) or real(folder))
+    for _ in range(2):
+        forget()
+        for _ in range(2):
+            assert ImageFolder(root, index).class_to_idx == {"cat": 0, "dog": 1}
+            flat = ImageFolder(root, index, classes=False)
+            assert flat.samples == [(f"{root}/cat/images/0.png", 0), (f"{root}/dog/0.png", 0)]
+    assert listed == trees == ["train"] and len(list(index.iterdir())) == 2
+    save(root / "2.png")
+    assert len(ImageFolder(root, index, classes=False)) == 3
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"folder": 1, "classes": 3}', '{"folder": "x", "listed": "y"}'])

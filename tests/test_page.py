@@ -49,6 +49,8 @@ def assert_shows(browser: Browser, size: dict[str, Any], report: dict[str, Any])
     assert browser.text("#op-code") == str(size["op_code"])
     assert browser.text("#macs").splitlines()[0] == format_amount(size["macs_linear"])
     assert browser.text("#params") == format_amount(size["params"])
+    assert browser.text("#agreement") == f"{size['agreement']:.2f} %"
+    assert browser.text("#kl") == f"{size['kl']:.2g} nats"
     top1, baseline = browser.text("#top1").splitlines()
     assert top1 == f"{size['top1']:.2f} %" and baseline == f"{size['baseline_top1']:.2f} % without PIAD"
     shown, unit = browser.text("#latency").splitlines()[0].split()
@@ -120,6 +122,42 @@ def test_an_address_names_a_size(browser: Browser, folder: Path, report: dict[st
 
 
 @needs_chromium
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        # measure -> the values of two sizes, what the page says of them; the ticks of the first measure
+        ({"agreement": (85.5, 99.0, "85.50 %", "99.00 %"), "kl": (0.0123, 2.5e-7, "0.012 nats", "2.5e-07 nats")},
+         ["85", "90", "95", "100"]),
+        ({"token_cosine": (-0.25, 1.0000001, "-0.2500", "1.0000"), "token_cosine_p5": (-0.5, 0.75, "-0.5000", "0.7500"),
+          "feature_cosine": (0.5, 0.98766, "0.5000", "0.9877")}, ["-0.5", "0.0", "0.5", "1.0"]),
+        ({"knn": (97.0, 97.0, "97.00 %", "97.00 %")}, ["97", "98"]),
+    ],
+)  # fmt: skip
+def test_what_was_measured_is_shown(values: dict, ticks: list[str], browser: Browser, report: dict, tmp_path: Path):
+    """Without labels, and of encoders."""
+    changed = copy.deepcopy(report)
+    changed["sizes"] = from_small_to_large(changed)[:2]
+    for size in changed["sizes"]:
+        for name in ("top1", "top5", "loss", "agreement", "kl", "baseline_top1"):
+            size.pop(name, None)
+    for index, size in enumerate(changed["sizes"]):
+        size |= {name: found[index] for name, found in values.items()}
+    (tmp_path / "frontier.json").write_text(json.dumps(changed))
+    run("page.py", tmp_path)
+    browser.resize(1000, 900)
+    for index, size in enumerate(changed["sizes"]):
+        browser.open(tmp_path / "index.html", f"#op_code={size['op_code']}")
+        assert {name: browser.text(f"#{name}") for name in values} == {
+            n: found[2 + index] for n, found in values.items()
+        }
+    marks = "[...document.querySelectorAll('#chart text')].map((mark) => mark.textContent)"
+    assert browser.run(marks)[: len(ticks)] == ticks
+    points = "[...document.querySelectorAll('.point')].every((p) => p.getBBox().y > 0 && p.getBBox().y < 360)"
+    assert browser.run(points)
+    assert "top-1" not in browser.text("main").lower().replace("same top-1 as", "") and browser.complaints == []
+
+
+@needs_chromium
 @pytest.mark.parametrize("width", [320, 390, 1000])
 def test_it_fits_the_screen_and_loads_nothing(width: int, browser: Browser, folder: Path):
     browser.resize(width, 800)
@@ -175,6 +213,9 @@ def test_the_page_in_docs_is_of_this_template():
         (lambda report: report.update(sizes=[]), "no sizes"),
         (lambda report: report["sizes"][1].pop("widths"), "sizes.1.widths"),
         (lambda report: report["sizes"][0].update(top1=float("nan")), "sizes.0.top1"),
+        (lambda report: [report["sizes"][0].pop(key) for key in ("top1", "top5", "agreement", "kl")], "sizes.0.top1"),
+        (lambda report: report["sizes"][1].pop("kl"), "sizes.1.kl"),
+        (lambda report: report["sizes"][1].update(agreement=-1), "sizes.1.agreement"),
         (lambda report: report["sizes"][0].update(macs_linear="1"), "sizes.0.macs_linear"),
         (lambda report: report["full_widths"].update({"0.mlp": 0}), "full_widths.0.mlp"),
     ],

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from programs import ROOT
 
+from report import plots
 from report.plots import draw_spectra, draw_widths, plot_frontier, plot_spectra, plot_widths
 from studies import alternatives, contraction, regimes, truncation
 from studies.plots import plot_regimes
@@ -68,6 +69,38 @@ def test_pictures_are_complete(blocks: int, tmp_path: Path):
         with Image.open(path) as picture:
             picture.load()
             assert picture.size[0] >= 1500
+
+
+@pytest.mark.parametrize(
+    ("measures", "panels"),
+    [
+        (["top1", "top5", "agreement", "kl", "baseline_top1"],
+         {"%": ["top1", "agreement", "baseline_top1"], "KL divergence, nats": ["kl"]}),
+        (["agreement", "kl"], {"%": ["agreement"], "KL divergence, nats": ["kl"]}),
+        (["knn", "feature_cosine"], {"%": ["knn"], "cosine with the whole network": ["feature_cosine"]}),
+        (["feature_cosine", "token_cosine", "token_cosine_p5"],
+         {"cosine with the whole network": ["token_cosine", "token_cosine_p5", "feature_cosine"]}),
+    ],
+)  # fmt: skip
+def test_a_frontier_shows_what_was_measured(measures: list[str], panels: dict[str, list[str]], monkeypatch):
+    """Lines against MACs by unit, and the first measure against milliseconds."""
+    rows = [
+        {"macs_linear": row["macs_linear"], "images_per_second": row["images_per_second"]}
+        | {key: 0.1 * place + 0.01 * number for number, key in enumerate(measures)}
+        for place, row in enumerate(ROWS)
+    ]
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, _path: figures.append(figure))
+    plots.plot_frontier(rows, Path("unused"), "title", "64 at a time, cpu")
+    first, speed, *others = figures[0].axes
+    assert [axes.get_ylabel() for axes in (first, *others)] == [*panels]
+    for axes, keys in zip((first, *others), panels.values(), strict=True):
+        drawn = [list(line.get_ydata()) for line in axes.get_lines()]
+        assert drawn == [[row[key] for row in reversed(rows)] for key in keys]
+        assert len(axes.get_legend().get_texts()) == len(keys)
+    main = next(iter(panels.values()))[0]
+    assert list(speed.get_lines()[0].get_xdata()) == [1, 4, 10]
+    assert list(speed.get_lines()[0].get_ydata()) == [row[main] for row in reversed(rows)]
 
 
 def test_studies_draw_their_results(tmp_path: Path):

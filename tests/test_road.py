@@ -70,6 +70,17 @@ def assert_measures(row: dict[str, Any], model: VisionTransformer) -> None:
         assert row[name] == pytest.approx(value, rel=1e-5), name
 
 
+@torch.no_grad()
+def assert_faithful(row: dict[str, Any], model: VisionTransformer, whole: VisionTransformer) -> None:
+    """agreement and kl on the digits' val split, counted plainly."""
+    images = open_images("digits", None, "val")
+    ((images, _),) = eval_loader(images, preprocessing(whole, {}), batch_size=len(images), workers=0)
+    found, expected = (network(images).double().softmax(1) for network in (model, whole))
+    assert row["agreement"] == pytest.approx(100 * (found.argmax(1) == expected.argmax(1)).double().mean().item())
+    kl = (expected * (expected / found).log()).sum(1).mean().item()
+    assert row["kl"] == pytest.approx(kl, rel=1e-4, abs=1e-9)
+
+
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "frontier.json").read_text())["sizes"]
 
@@ -107,8 +118,10 @@ def test_wpac_says_how_it_was_made(road: Road):
     assert (facts["proxy_samples"], facts["cost"], facts["averaged_weights"]) == (64, "logit", False)
     assert facts["checkpoint"].endswith("pretrained/checkpoint_3.pth") and 0 < facts["target_difference"] < 1e-5
     whole = measured(model_of(road.weights(road.contracted)))["top1"]
-    assert facts["top1"]["before"] == facts["top1"]["after"] == pytest.approx(whole)
-    assert len(facts["top1"]) == 5
+    found = facts["evaluation"]
+    assert found["before"]["top1"] == found["after"]["top1"] == pytest.approx(whole)
+    assert found["before"].keys() == {"top1", "top5", "loss"} and found["after"]["agreement"] == 100
+    assert len(found) == 5
     assert facts["shares"].keys() == full_widths(tiny_digits_model()).keys()
     for parts in facts["shares"].values():
         for shares in parts.values():
@@ -122,8 +135,9 @@ def test_wpac_measures_the_truncated_models(road: Road):
     for share, name in ((0.25, "0.25"), (0.5, "0.5"), (0.75, "0.75")):
         full = full_widths(model)
         widths = {key: int(width * share) if key.endswith("attn") else width for key, width in full.items()}
-        found = next(value for key, value in facts["top1"].items() if key.startswith(f"at {name} "))
-        assert found == pytest.approx(measured(extract(model, widths))["top1"])
+        found = next(value for key, value in facts["evaluation"].items() if key.startswith(f"at {name} "))
+        assert_measures(found, extract(model, widths))
+        assert_faithful(found, extract(model, widths), model)
 
 
 def test_piad_trains_a_super_network(road: Road):
@@ -160,11 +174,12 @@ def test_piad_logs_what_is_sampled_and_how_the_table_grows(road: Road):
     assert all(picture.startswith(b"\x89PNG") for picture in pictures) and pictures[0] != pictures[1]
 
 
-def test_wpac_logs_its_top1_and_spectra(road: Road):
+def test_wpac_logs_its_evaluation_and_spectra(road: Road):
     logged = scalars(road.reparamed)
-    top1 = json.loads((road.reparamed / "contracted.json").read_text())["top1"]
-    expected = {100: top1["after"]} | {k: top1[f"at {k / 100:g} of the attention dims"] for k in (75, 50, 25)}
-    assert dict(logged["top1"]) == pytest.approx(expected)
+    found = json.loads((road.reparamed / "contracted.json").read_text())["evaluation"]
+    expected = {100: found["after"]} | {k: found[f"at {k / 100:g} of the attention dims"] for k in (75, 50, 25)}
+    for name in ("top1", "top5", "loss", "agreement", "kl"):
+        assert dict(logged[name]) == pytest.approx({step: values[name] for step, values in expected.items()})
     assert logged["machine/images_per_second"] == logged["machine/peak_memory_MiB"] == [(0, None)]
     assert len(logged["spectra"]) == 1
     with Image.open(road.reparamed / "spectra.png") as picture:
@@ -197,11 +212,12 @@ def test_frontier_rows_are_counted_on_the_extracted_modules(road: Road, frontier
         assert row["macs_linear"] == count_macs(small) == count_macs(model, widths)
         assert row["macs_full"] == count_macs(small, convention="full") == count_macs(model, widths, "full")
         assert_measures(row, small)
+        assert_faithful(row, small, model)
         assert row["baseline_top1"] == pytest.approx(measured(extract(baseline, widths))["top1"])
         assert row["images_per_second"] > 0
     facts = json.loads((road.reparamed / "contracted.json").read_text())
     whole = next(row for row in rows if row["op_code"] == 0)
-    assert whole["baseline_top1"] == pytest.approx(facts["top1"]["after"])
+    assert whole["baseline_top1"] == pytest.approx(facts["evaluation"]["after"]["top1"])
     assert whole["params"] == sum(p.numel() for p in model.parameters())
 
 
@@ -285,7 +301,7 @@ def test_contraction_of_averaged_weights(road: Road, tmp_path: Path):
     run("reparam.py", *COMMON, "--proxy-samples", 8, "--no-eval", "--eval-ema", "--checkpoint", checkpoint,
         "--output-dir", tmp_path)  # fmt: skip
     facts = json.loads((tmp_path / "contracted.json").read_text())
-    assert facts["averaged_weights"] is True and "top1" not in facts
+    assert facts["averaged_weights"] is True and "evaluation" not in facts
     images = torch.randn(4, 1, 16, 16)
     with torch.no_grad():
         expected = model_of(load_checkpoint(checkpoint)["model_ema"])(images)

@@ -113,7 +113,7 @@ def test_choices_change_piad_only_inside_their_context(choice: str):
 
 def test_narrower_gives_the_widest_model_within_the_macs():
     base = random_backbone()
-    network = Network(base, MaskTable([full_widths(base)]), PLAIN, SHAPE, {})
+    network = Network(base, MaskTable([full_widths(base)]), PLAIN, SHAPE, {}, "logits")
     model = alternatives.narrower(network, 0.5)
     assert count_macs(model) <= 0.5 * count_macs(base)
     wider = alternatives.create_backbone(PLAIN, **SHAPE | {"embed_dim": model.embed_dim + 3})
