@@ -29,7 +29,6 @@ from supernet.amounts import format_amount
 from supernet.budgets import asks_for_size, chosen_op_codes
 from supernet.latency import measure_latency
 from utils import UserError, device_name, is_main_process, progress_bar, say
-from wpac.refit import check_refit
 
 
 def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
@@ -59,7 +58,7 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
         device,
         amp=args.amp,
         baseline=open_baseline(args, network),
-        images=proxy_images(args, network) if args.refit else None,
+        refit=proxy_images(args, network) if args.refit else None,
         then=partial(write_sub_network, args, network, facts) if args.write_sub_networks else None,
     )
     write_report(rows, args.output_dir, facts)
@@ -75,8 +74,6 @@ def open_at_sizes(args: argparse.Namespace, num_classes: int) -> tuple[Network, 
             raise UserError(f"{args.checkpoint} is a sub-network, which is cut already: leave --refit out")
         if asks_for_size(args) or args.frontier:
             raise UserError(f"{args.checkpoint} is a sub-network, which has one size: leave --op-code and budgets out")
-    if args.refit:
-        check_refit(network.model)
     fit_head(network.model, num_classes, remake=False)
     return network, [0] if network.is_subnetwork else chosen_op_codes(args, network)
 
@@ -134,17 +131,17 @@ def evaluate_sizes(
     *,
     amp: torch.dtype | None = None,
     baseline: Network | None = None,
-    images: list[torch.Tensor] | None = None,
+    refit: list[torch.Tensor] | None = None,
     then: Callable[[Backbone, dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """A row per op code: widths, size counted on the extracted model, accuracy on the batches, images per second.
 
-    baseline: other weights with the same mask table; their top-1 goes into baseline_top1.  images: refit each
-    sub-network on them.  then(sub-network, row) is called for each.
+    baseline: other weights with the same mask table; their top-1 goes into baseline_top1.  refit: images to
+    refit each sub-network on.  then(sub-network, row) is called for each.
     """
     rows = []
     for code in progress_bar(op_codes, "sizes"):
-        small = network.cut(code, images).to(device)
+        small = network.cut(code, refit).to(device)
         speed = {"images_per_second": batches.batch_size / measure_latency(small, batches.batch_size, amp)}
         row = {"op_code": code, **describe(small), **evaluate(small, batches, device, amp), **speed}
         row["widths"] = network.table.widths(code)
