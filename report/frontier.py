@@ -110,7 +110,6 @@ def write_sub_network(
             op_code=row["op_code"],
             accuracy={key: row[key] for key in ("top1", "top5", "loss")} | {"images": facts["images"]},
             data_set=args.data_set,
-            grade=facts["grade"],
         )
 
 

@@ -121,13 +121,13 @@ class Network:
     def cut(self, op_code: int = 0, refit: Iterable[Tensor] | None = None, share_memory: bool = False) -> Backbone:
         """The sub-network of an op code: timm's modules, physically smaller, on the model's device.
 
-        refit: batches (B, C, height, width), without labels, on which its linear layers are solved anew.
+        refit: batches (B, C, height, width), without labels, on which its linear layers are solved anew. Where that
+        does not help (see wpac.refit), the sub-network and its grade are as without.
         share_memory: read the super-network's memory where possible; the result must not be trained then.
         Raises UserError for an op code that the table does not have, or for fewer than two images to refit on.
         """
         small = extract(self.model, self.table.widths(op_code), share_memory)
-        if refit is not None:
-            refitting.refit(self.model, small, refit)
+        if refit is not None and refitting.refit(self.model, small, refit).helped:
             small.grade = "refitted"
         return small
 

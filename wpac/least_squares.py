@@ -39,7 +39,7 @@ class Moments:
         x = x.to(dtype) - self.shift.to(dtype)
         rows = torch.cat([x, torch.ones_like(x[:, :1]), r.to(dtype)], 1)
         weighted = rows[:, : self.n + 1] * weight[:, None].to(dtype)
-        for start in range(0, self.n + 1, COLUMN_CHUNK):  # the products of x with x are symmetric: half of them is enough
+        for start in range(0, self.n + 1, COLUMN_CHUNK):  # products of x with x are symmetric: half of them do
             columns = slice(start, min(start + COLUMN_CHUNK, self.n + 1))
             self.sums[int(held_out), columns, start:] += weighted[:, columns].mT @ rows[:, start:]
 
@@ -66,7 +66,7 @@ class Moments:
             mean, mean_out = square[0, n, :n], cross[0, n]
             covariance, target = square[0, :n, :n] - torch.outer(mean, mean), cross[0, :n] - torch.outer(mean, mean_out)
         else:
-            unshift = torch.cat([torch.eye(n, dtype=torch.float64), shift[:, None]], 1)  # (n, n + 1): x of (x - shift, 1)
+            unshift = torch.cat([torch.eye(n, dtype=torch.float64), shift[:, None]], 1)  # x of (x - shift, 1)
             square, cross = unshift @ self.square @ unshift.mT, unshift @ self.cross
             covariance, target = square[0], cross[0]
         deviation = covariance.diagonal().clamp(min=0).sqrt()
@@ -84,5 +84,6 @@ class Moments:
             change = full @ metric if metric.ndim == 2 else full * metric
             error = (change * (square[1] @ full - 2 * cross[1])).sum().item()  # beside that of r = 0
             if error < lowest:
-                best, lowest = (solution, offset - shift @ solution if constant else torch.zeros_like(solution[0])), error
+                c = offset - shift @ solution if constant else torch.zeros_like(solution[0])
+                best, lowest = (solution, c), error
         return best

@@ -6,24 +6,21 @@ B images, N tokens, D embedding, n inputs of the last layer of a branch. A Swin 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from timm.models.swin_transformer import SwinTransformerBlock
-from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import Backbone, blocks_of, first_layers, last_layer
+from models.backbone import Backbone
 from models.parts import apply_part, classify, parts_of
-from models.subnetwork import ValueProjection
 from utils import UserError, checksum, gather_over_ranks, mixed_seed, progress_bar, reduce_sum, say
 
-from .compensation import UNIFORM_SHARE
+from .branches import Branch, in_order, spread, tokens_of
 from .least_squares import Moments
+
+Replaced = list[tuple[nn.Module, str, nn.Parameter]]  # module, name, and what it was
 
 HELD_OUT = 8  # one image in so many is never fitted: damping is chosen on these, and they say whether a fit helps
 
@@ -77,7 +74,7 @@ def refit(model: Backbone, small: Backbone, images: Iterable[Tensor]) -> Refit:
             for batch in batches:
                 batch.whole, batch.cut = run(batch.whole), run(batch.cut)
         elif key in cut_runs:
-            replaced += _refit_branch(_Branch(model, key, run), _Branch(small, key, cut_runs[key]), batches)
+            replaced += _refit_branch(Branch(model, key, run), Branch(small, key, cut_runs[key]), batches)
         else:
             for batch in batches:
                 batch.whole = batch.whole + run(batch.whole)
@@ -100,26 +97,31 @@ def refit(model: Backbone, small: Backbone, images: Iterable[Tensor]) -> Refit:
 def _streams(
     model: Backbone, small: Backbone, images: Iterable[Tensor], device: torch.device
 ) -> tuple[list, list, list[_Batch]]:
-    """The parts of both networks (see models.parts.parts_of), and the first block's inputs with held-out images apart."""
+    """The parts of both networks (see models.parts.parts_of) and the first block's inputs, held-out images apart."""
     streams, keys, whole_parts, cut_parts = [], [], [], []
     for batch in images:
         x, parts = parts_of(model, batch.to(device))
         if not streams:
             whole_parts, cut_parts = parts, parts_of(small, batch[:1].to(device))[1]
         streams.append(x)
-        keys.append([float(mixed_seed(checksum([image])) >> 11) for image in batch])  # exact in float64
-    limit = _held_out_limit([key for batch in keys for key in batch])
+        keys.append([image_key(image) for image in batch])
+    limit = held_out_limit([key for batch in keys for key in batch])
     masks = [torch.tensor([key <= limit for key in batch], device=device) for batch in keys]
     held_out = [x[mask] for x, mask in zip(streams, masks, strict=True)]
-    batches = [_Batch(y, y, held_out=False) for y in (x[~mask] for x, mask in zip(streams, masks, strict=True)) if len(y)]
-    size = max(map(len, streams), default=1)
-    streams.clear()
-    batches += [_Batch(y, y, held_out=True) for y in torch.cat(held_out).split(size) if len(y)]
+    fitted = [x[~mask] for x, mask in zip(streams, masks, strict=True)]
+    size = max(map(len, streams))
+    batches = [_Batch(x, x, held_out=False) for x in fitted if len(x)]
+    batches += [_Batch(x, x, held_out=True) for x in torch.cat(held_out).split(size) if len(x)]
     return whole_parts, cut_parts, batches
 
 
-def _held_out_limit(keys: list[float]) -> float:
-    """The largest key of a held-out image. keys: of this rank's images, which depend on their content alone.
+def image_key(image: Tensor) -> float:
+    """A number that depends on every bit of the image and on nothing else; those of other images are spread evenly."""
+    return float(mixed_seed(checksum([image])) >> 11)  # of 52 bits, which float64 holds
+
+
+def held_out_limit(keys: list[float]) -> float:
+    """The largest key of a held-out image. keys: of this rank's images.
 
     So the choice does not depend on the order of the images, on the batch size or on the number of processes, and the
     same image is never on both sides.
@@ -157,101 +159,7 @@ def _distance(model: Backbone, expected: list[Tensor], found: list[Tensor]) -> f
 # A branch
 
 
-class _Branch:
-    """One branch of a block: norm, first layers, ..., last layer, and what follows it up to the residual stream."""
-
-    def __init__(self, model: Backbone, key: str, run: Callable[[Tensor], Tensor]):
-        index, self.kind = key.split(".")
-        self.block, self.run = blocks_of(model)[int(index)], run
-        self.module = getattr(self.block, self.kind)
-        self.last = last_layer(self.block, self.kind)
-        norm = self.block.norm1 if self.kind == "attn" else self.block.norm2
-        # Swin v2 has its norm after the last layer instead.
-        self.norm, self.norm_after = (None, norm) if isinstance(self.block, SwinTransformerV2Block) else (norm, None)
-
-    def inputs(self, x: Tensor) -> Tensor:
-        """The inputs of the first layers: (..., D) -> (B, N, D)."""
-        return _tokens(x if self.norm is None else self.norm(x))
-
-    def scale(self) -> Tensor:
-        """What multiplies the last layer's output (or its norm), (D,): LayerScale, or the weight of the norm after it."""
-        if self.norm_after is not None:
-            return self.norm_after.weight.double()
-        number = "1" if self.kind == "attn" else "2"
-        scale = getattr(self.block, f"gamma_{number}", None)
-        scale = getattr(getattr(self.block, f"ls{number}", None), "gamma", scale)
-        return self.last.weight.new_ones(self.last.out_features).double() if scale is None else scale.double()
-
-    def order(self, x: Tensor) -> Tensor:
-        """Where the last layer has the tokens of the stream, (N,); other than 0..N-1 in the windows of a Swin.
-
-        x: a batch of the stream.
-        """
-        tokens = _tokens(x).shape[1]
-        if self.kind != "attn" or not isinstance(self.block, SwinTransformerBlock | SwinTransformerV2Block):
-            return torch.arange(tokens, device=x.device)
-
-        def number(_module: object, _inputs: object, output: Tensor) -> Tensor:
-            places = torch.arange(output[..., 0].numel(), device=x.device, dtype=torch.float64)
-            return places.view(*output.shape[:-1], 1).expand_as(output)
-
-        hook = self.last.register_forward_hook(number)
-        places = self.block._attn(torch.zeros_like(x[:1]))
-        hook.remove()
-        return places[..., 0].flatten().long()
-
-    @contextmanager
-    def watched(self) -> Iterator[dict[str, Tensor]]:
-        """A context in which running the branch leaves the inputs of its last layer as "x", (..., n)."""
-        seen: dict[str, Tensor] = {}
-
-        def watch(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
-            seen["x"] = layer.kept(inputs[0]) if isinstance(layer, ValueProjection) else inputs[0]
-            seen["y"] = output
-
-        hook = self.last.register_forward_hook(watch)
-        yield seen
-        hook.remove()
-
-    def token_weights(self, order: Tensor) -> Tensor:
-        """Weights (N,) of the tokens: as in the statistics if the module is compensated, else equal."""
-        compensation = getattr(self.module, "compensation", None)
-        if compensation is None:
-            return torch.ones(len(order), dtype=torch.float64, device=order.device)
-        positions = compensation.positions.double()  # of a Swin's attention: of the tokens of a window
-        return UNIFORM_SHARE + (1 - UNIFORM_SHARE) * positions[order % len(positions)]
-
-    def first(self) -> list[_Rows]:
-        """The rows of the first layers."""
-        attn = self.module
-        if getattr(attn, "q_bias", None) is None:
-            names = ("qkv",) if getattr(attn, "qkv", None) is not None else ("q_proj", "k_proj", "v_proj")
-            layers = [getattr(attn, name) for name in names] if self.kind == "attn" else first_layers(attn).values()
-            return [_Rows(layer, slice(None), layer if layer.bias is not None else None, "bias") for layer in layers]
-        # timm keeps the biases of q and v beside the layer, that of v at its full width.
-        count, width = len(attn.q_bias), attn.proj.in_features // attn.num_heads
-        kept = torch.arange(len(attn.v_bias), device=attn.v_bias.device).unflatten(0, (attn.num_heads, -1))[:, :width]
-        return [
-            _Rows(attn.qkv, slice(0, count), attn, "q_bias"),
-            _Rows(attn.qkv, slice(count, 2 * count)),
-            _Rows(attn.qkv, slice(2 * count, None), attn, "v_bias", kept.flatten()),
-        ]
-
-
-class _Rows(NamedTuple):
-    """Rows of a layer's weight, and the parameter of a module of which the entries `places` are their biases."""
-
-    layer: nn.Linear
-    rows: slice
-    module: nn.Module | None = None
-    bias: str = "bias"
-    places: Tensor | slice = slice(None)
-
-
-Replaced = list[tuple[nn.Module, str, nn.Parameter]]
-
-
-def _refit_branch(whole: _Branch, cut: _Branch, batches: list[_Batch]) -> Replaced:
+def _refit_branch(whole: Branch, cut: Branch, batches: list[_Batch]) -> Replaced:
     """Refits a branch, and moves both streams past it. Returns the parameters that were replaced."""
     dim, device = cut.last.out_features, cut.last.weight.device
     order = cut.order(batches[0].cut)
@@ -265,7 +173,7 @@ def _refit_branch(whole: _Branch, cut: _Branch, batches: list[_Batch]) -> Replac
         with whole.watched() as seen:
             batch.whole = batch.whole + whole.run(batch.whole)
         if whole.norm_after is not None:
-            spreads.append(_spread(_tokens(_ordered(seen["y"], order, len(batch.whole))), whole.norm_after))
+            spreads.append(spread(tokens_of(in_order(seen["y"], order, len(batch.whole))), whole.norm_after))
     replaced = [] if same else _fold_first(cut, first)
     scale = cut.scale()
     inverse = torch.where(scale == 0, 0.0, 1 / scale).to(cut.last.weight.dtype)
@@ -273,12 +181,12 @@ def _refit_branch(whole: _Branch, cut: _Branch, batches: list[_Batch]) -> Replac
     for number, batch in enumerate(batches):
         with cut.watched() as seen:
             change = cut.run(batch.cut)
-        x, missing = _ordered(seen["x"], order, len(batch.cut)), _tokens(batch.whole - batch.cut)
+        x, missing = in_order(seen["x"], order, len(batch.cut)), tokens_of(batch.whole - batch.cut)
         if cut.norm_after is None:
-            _add(last, x, (missing - _tokens(change)) * inverse, weights, batch.held_out)
+            _add(last, x, (missing - tokens_of(change)) * inverse, weights, batch.held_out)
         else:
             mean, deviation = spreads[number]
-            y = _ordered(seen["y"], order, len(batch.cut))
+            y = in_order(seen["y"], order, len(batch.cut))
             target = mean + deviation * (missing - cut.norm_after.bias) * inverse
             residual = torch.where(scale == 0, 0.0, target - y)
             _add(last, x, residual, weights / deviation[..., 0].square(), batch.held_out)
@@ -288,28 +196,12 @@ def _refit_branch(whole: _Branch, cut: _Branch, batches: list[_Batch]) -> Replac
     return replaced
 
 
-def _spread(y: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (B, N, 1) by which a LayerNorm normalises y (B, N, D)."""
-    return y.mean(-1, keepdim=True), (y.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """(B, N, D) or (B, H, W, D) -> (B, N, D)."""
-    return x.flatten(1, -2)
-
-
-def _ordered(x: Tensor, order: Tensor, images: int) -> Tensor:
-    """What the last layer has of `images` images, in windows or not, as (images, N, n) in the order of the stream."""
-    x = x.reshape(images, -1, x.shape[-1])
-    return x if x.shape[1] == len(order) and (order.diff() == 1).all() else x[:, order]
-
-
 def _add(moments: Moments, x: Tensor, r: Tensor, weights: Tensor, held_out: bool) -> None:
     """x: (B, N, n).  r: (B, N, m).  weights: (N,) or (B, N)."""
     moments.update(x.flatten(0, 1), r.flatten(0, 1), weights.expand(x.shape[:2]).flatten(), held_out)
 
 
-def _fold_first(branch: _Branch, moments: Moments) -> Replaced:
+def _fold_first(branch: Branch, moments: Moments) -> Replaced:
     """Predicts the whole network's inputs of the first layers from the cut network's, inside the layers.
 
     The layers are linear, so with x + D^T x + c for x, their weight W becomes W + W D^T and their bias gets W c more.
@@ -335,7 +227,7 @@ def _fold_first(branch: _Branch, moments: Moments) -> Replaced:
     return [_replace(module, name, value) for (module, name), value in new.items()]
 
 
-def _fold_last(branch: _Branch, moments: Moments, metric: Tensor) -> Replaced:
+def _fold_last(branch: Branch, moments: Moments, metric: Tensor) -> Replaced:
     """Adds the fitted map from the layer's inputs to what its outputs lack."""
     moments.finalize()
     layer = branch.last
