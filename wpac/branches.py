@@ -14,6 +14,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.backbone import Backbone, blocks_of, first_layers, last_layer
 from models.subnetwork import ValueProjection
@@ -55,6 +56,11 @@ class Branch:
         scale = getattr(self.block, f"gamma_{number}", None)
         scale = getattr(getattr(self.block, f"ls{number}", None), "gamma", scale)
         return self.last.weight.new_ones(self.last.out_features).double() if scale is None else scale.double()
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What the branch adds to the stream, from the inputs of its last layer: (B, N, n) -> (B, N, D)."""
+        y = F.linear(x, self.last.weight, self.last.bias)
+        return self.norm_after(y) if self.norm_after is not None else y * self.scale().to(y.dtype)
 
     def order(self, x: Tensor) -> Tensor:
         """Where the last layer has the tokens of the stream, (N,); other than 0..N-1 in the windows of a Swin.

@@ -12,7 +12,7 @@ from utils import reduce_sum
 
 from .compensation import COLUMN_CHUNK, ROUNDING_FACTOR
 
-DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of each input's variance that are tried
+DAMPINGS = (0.0, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)  # shares of each input's variance that are tried
 
 
 class Moments:

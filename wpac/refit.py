@@ -60,7 +60,7 @@ def refit(model: Backbone, small: Backbone, images: Iterable[Tensor]) -> Refit:
     stream. The targets of the last layer (proj, fc2) are that stream after the branch, so that errors of earlier
     layers are corrected, too. One image in HELD_OUT is not fitted: a layer whose fit does not lower the error on those
     images keeps what it had, and so does the sub-network if its output is not nearer to the whole network's there.
-    The residual streams of all images are kept in memory, once for each of the two networks.
+    The residual streams of all images are kept in memory, once for each of the two networks, and at most as much again.
     Raises UserError where there are fewer than two different images.
     """
     device = next(small.parameters()).device
@@ -177,7 +177,7 @@ def _refit_branch(whole: Branch, cut: Branch, batches: list[_Batch]) -> Replaced
     replaced = [] if same else _fold_first(cut, first)
     scale = cut.scale()
     inverse = torch.where(scale == 0, 0.0, 1 / scale).to(cut.last.weight.dtype)
-    last = Moments(cut.last.in_features, dim, device)
+    last, kept = Moments(cut.last.in_features, dim, device), []
     for number, batch in enumerate(batches):
         with cut.watched() as seen:
             change = cut.run(batch.cut)
@@ -190,9 +190,11 @@ def _refit_branch(whole: Branch, cut: Branch, batches: list[_Batch]) -> Replaced
             target = mean + deviation * (missing - cut.norm_after.bias) * inverse
             residual = torch.where(scale == 0, 0.0, target - y)
             _add(last, x, residual, weights / deviation[..., 0].square(), batch.held_out)
+        if x.shape[-1] <= dim:  # no more memory than a residual stream, and the branch need not run again
+            kept.append(x)
     replaced += _fold_last(cut, last, scale.square())
-    for batch in batches:
-        batch.cut = batch.cut + cut.run(batch.cut)
+    for number, batch in enumerate(batches):
+        batch.cut = batch.cut + (cut.finish(kept[number]).view_as(batch.cut) if kept else cut.run(batch.cut))
     return replaced
 
 
