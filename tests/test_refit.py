@@ -222,9 +222,9 @@ def test_a_fit_is_the_damped_least_squares_solution(damping, constant, monkeypat
 def test_what_cannot_be_predicted_on_held_out_images_is_left():
     generator = torch.Generator().manual_seed(0)
     moments = Moments(30, 2, torch.device("cpu"))
-    for held in (False, True):
-        x, noise = torch.randn(40, 30, generator=generator), torch.randn(40, 2, generator=generator)
-        moments.update(x, noise - noise.mean(0), torch.ones(40), held)
+    x, r = torch.randn(40, 30, generator=generator), torch.randn(40, 2, generator=generator)
+    for held, sign in ((False, 1), (True, -1)):
+        moments.update(x, sign * r, torch.ones(40), held)
     moments.finalize()
     assert moments.fit(torch.ones(2), constant=False) is None
 
