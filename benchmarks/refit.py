@@ -3,10 +3,10 @@
     python -m benchmarks.refit --threads 2 --images 64 128 256
 
 Each number of images is measured in a new process, with random weights and images. Both figures grow by the same amount
-with each image; the line through the first and the last measurement gives those for --scale-to images, and the others say
-how far a measurement lies from that line. Time is in core seconds: with --clock wall, seconds times threads. Memory is
-that beyond both networks and the images; with few images it does not show how it grows, so measure it with more of them
-and --depth 2.
+with each image; the line through the first and the last measurement gives those for --scale-to images, and the others
+say how far a measurement lies from that line. Time is in core seconds: with --clock wall, seconds times threads.
+Memory is that beyond both networks and the images; with few images it does not show how it grows, so measure it with
+more of them and --depth 2.
 """
 
 from __future__ import annotations
