@@ -38,10 +38,12 @@ def output_of(model: Backbone, images: Tensor, target: str) -> Tensor:
     "logits": (B, classes).  "features": (B, D), what the head would get, pooled.  "tokens": (B, N, D), all tokens after
     the last norm.
     """
-    if target == "logits":
-        return model(images)
-    tokens = model.forward_features(images)
-    return tokens.flatten(1, -2) if target == "tokens" else model.forward_head(tokens, pre_logits=True)
+    return model(images) if target == "logits" else from_tokens(model, model.forward_features(images), target)
+
+
+def from_tokens(model: Backbone, tokens: Tensor, target: str) -> Tensor:
+    """The target of the tokens after the last norm, (B, N, D), of a Swin (B, H, W, D)."""
+    return tokens.flatten(1, -2) if target == "tokens" else model.forward_head(tokens, pre_logits=target == "features")
 
 
 def outputs_of(model: Backbone, images: Tensor, target: str) -> dict[str, Tensor]:
@@ -49,7 +51,7 @@ def outputs_of(model: Backbone, images: Tensor, target: str) -> dict[str, Tensor
     if target != "tokens":
         return {target: output_of(model, images, target)}
     tokens = model.forward_features(images)
-    return {"tokens": tokens.flatten(1, -2), "features": model.forward_head(tokens, pre_logits=True)}
+    return {name: from_tokens(model, tokens, name) for name in ("tokens", "features")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

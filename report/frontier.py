@@ -28,7 +28,6 @@ from supernet.amounts import format_amount
 from supernet.budgets import asks_for_size, chosen_op_codes
 from supernet.latency import measure_latency
 from utils import UserError, device_name, is_main_process, progress_bar, say
-from wpac.refit import check_refit
 
 from .measures import measures_of
 
@@ -72,7 +71,7 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
         batch_size=args.batch_size,
         amp=args.amp,
         baseline=baseline,
-        images=proxy_images(args, network) if args.refit else None,
+        refit=proxy_images(args, network) if args.refit else None,
         then=partial(write_sub_network, args, network, facts) if args.write_sub_networks else None,
     )
     write_report(rows, args.output_dir, facts)
@@ -105,8 +104,6 @@ def open_at_sizes(args: argparse.Namespace, num_classes: int | None) -> tuple[Ne
             raise UserError(f"{args.checkpoint} is a sub-network, which is cut already: leave --refit out")
         if asks_for_size(args) or args.frontier:
             raise UserError(f"{args.checkpoint} is a sub-network, which has one size: leave --op-code and budgets out")
-    if args.refit:
-        check_refit(network.model)
     if network.target == "logits" and num_classes is not None:
         fit_head(network.model, num_classes, remake=False)
     return network, [0] if network.is_subnetwork else chosen_op_codes(args, network)
@@ -147,7 +144,6 @@ def write_sub_network(
             model,
             op_code=row["op_code"],
             **found,
-            grade=facts["grade"],
         )
 
 
@@ -169,17 +165,18 @@ def evaluate_sizes(
     batch_size: int,
     amp: torch.dtype | None = None,
     baseline: Network | None = None,
-    images: list[torch.Tensor] | None = None,
+    refit: list[torch.Tensor] | None = None,
     then: Callable[[Backbone, dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """A row per op code: widths, size counted on the extracted model, what the evaluator finds, images per second.
 
     baseline: other weights with the same mask table, on the device; what they have of the first measure goes into
-    baseline_<measure>.  images: refit each sub-network on them.  then(sub-network, row) is called for each.
+    baseline_<measure>.  refit: images to refit each sub-network on.
+    then(sub-network, row) is called for each.
     """
     rows = []
     for code in progress_bar(op_codes, "sizes"):
-        small = network.cut(code, images).to(device)
+        small = network.cut(code, refit).to(device)
         speed = {"images_per_second": batch_size / measure_latency(small, batch_size, amp)}
         found = evaluator(small)
         row = {"op_code": code, **describe(small), **found, **speed, "widths": network.table.widths(code)}

@@ -200,7 +200,7 @@ class Study(CutStudy):
             start = time.perf_counter()
             small = extract(contracted.model, widths)
             if method.refitted:
-                refit(contracted.model, small, [images for images, _ in batches], damping)
+                refit(contracted.model, small, (images for images, _ in batches))
             times = {"seconds_to_prepare": seconds, "seconds_to_cut": time.perf_counter() - start}
             row = {**key, "share": share, "macs": count_macs(self.base, widths), **self.scores(self.logits(small))}
             self.results.add("rows", row | times)

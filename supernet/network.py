@@ -16,7 +16,7 @@ from models.backbone import Backbone, full_widths
 from models.extraction import extract
 from piad.mask_table import MaskTable
 from pixels import image_mode, to_pixels
-from wpac.refit import check_refit, refit
+from wpac import refit as refitting
 
 from .facts import plain
 from .latency import LATENCY, Latencies
@@ -119,18 +119,16 @@ class Network:
         path = folder / LATENCY if folder else None
         return Latencies(self.model, self.table, batch_size=batch_size, amp=amp, device=device, path=path)
 
-    def cut(self, op_code: int = 0, images: Iterable[Tensor] | None = None, share_memory: bool = False) -> Backbone:
+    def cut(self, op_code: int = 0, refit: Iterable[Tensor] | None = None, share_memory: bool = False) -> Backbone:
         """The sub-network of an op code: timm's modules, physically smaller, on the model's device.
 
-        images: batches (B, C, height, width), without labels, on which its linear layers are solved anew (refitted).
+        refit: batches (B, C, height, width), without labels, on which its linear layers are solved anew. Where that
+        does not help (see wpac.refit), the sub-network and its grade are as without.
         share_memory: read the super-network's memory where possible; the result must not be trained then.
-        Raises UserError for an op code that the table does not have, or a model that cannot be refitted.
+        Raises UserError for an op code that the table does not have, or for fewer than two images to refit on.
         """
-        if images is not None:
-            check_refit(self.model)
         small = extract(self.model, self.table.widths(op_code), share_memory)
-        if images is not None:
-            refit(self.model, small, images)
+        if refit is not None and refitting.refit(self.model, small, refit, self.target).helped:
             small.grade = "refitted"
         return small
 

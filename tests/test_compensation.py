@@ -1,4 +1,4 @@
-"""Compensation: exact at full width, least squares at every other; bases and orders, refitting, and the file."""
+"""Compensation: exact at full width, least squares at every other; bases and orders, and the file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ from wpac.compensation import (
     ordered_layer,
     save_compensation,
 )
-from wpac.refit import refit
 from wpac.statistics import collect_statistics
 from wpac.transform import contract
 
@@ -392,37 +391,6 @@ def test_dim_errors_equal_the_error_of_a_cut(data):
         error = (moment.metric * (lost @ moment.covariance @ lost.T)).sum().item()
         assert errors["0.mlp"][k:].sum() == pytest.approx(error, rel=1e-3)
     assert all((error >= 0).all() and error.shape == (modules_of(model)[key].width,) for key, error in errors.items())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Refitting
-
-
-@pytest.mark.parametrize("variant", ["plain", "layer_scale", "one_head", "no_qkv_bias"])
-def test_refitting_reduces_the_error_of_a_compensated_network(variant):
-    model, _ = contracted(variant, count=48)
-    images, _ = random_data(48)
-    whole = model(images).detach()
-    small = extract(model, {key: max(width // 2, 1) for key, width in full_widths(model).items()})
-    before = (small(images) - whole).square().mean()
-    refit(model, small, images.split(16))
-    assert (small(images) - whole).square().mean() < 0.8 * before
-
-
-def test_refitting_does_not_change_the_whole_network(data):
-    model, _ = contracted()
-    small = extract(model, full_widths(model))
-    refit(model, small, [data[0]])
-    assert relative(small(data[0]), model(data[0])) < 1e-8
-
-
-def test_refitting_handles_bypassed_branches_and_zero_layer_scale(data):
-    model, _ = contracted("layer_scale")
-    with torch.no_grad():
-        model.blocks[0].ls1.gamma[0] = 0
-    small = extract(model, some_widths(model))
-    refit(model, small, [data[0]])
-    assert all(parameter.isfinite().all() for parameter in small.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

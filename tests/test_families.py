@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from programs import load_subnetwork, run, save_subnetwork
 from timm.layers import SwiGLU, SwiGLUPacked
-from timm.models.vision_transformer import VisionTransformer
 from tiny import PLAIN, SHAPE, batches, draw_parameters, random_data, relative, widths_strategy
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -31,9 +30,7 @@ from piad.progressive import ProgressiveDropout
 from studies.criteria import CRITERIA, EqualTokens, importance_by, sort_dims
 from supernet.facts import stamp_of
 from supernet.formats import Size
-from utils import UserError
 from wpac.compensation import compensate, load_compensation, save_compensation
-from wpac.refit import refit
 from wpac.statistics import collect_statistics
 from wpac.transform import contract
 
@@ -330,22 +327,6 @@ def test_where_v_alone_is_cut_q_and_k_cost_what_they_cost():
     small = extract(model, {key: width // 2 for key, width in full_widths(model).items()})
     kinds = [type(m) for m in small.modules() if isinstance(m, ValueLayer | ValueProjection | Bypass)]
     assert kinds == [ValueLayer, ValueProjection] * 2
-
-
-@EACH
-def test_refitting_comes_nearer_or_refuses(family, data):
-    model = made(family)
-    small = extract(model, some_widths(model))
-    known = isinstance(model, VisionTransformer)
-    if not known or family in V_ALONE:
-        says = r"norms of q and k \(qk_norm\)" if known else f"not a {type(model).__name__}"
-        with pytest.raises(UserError, match=says):
-            refit(model, small, [data[0]])
-        return
-    images = torch.randn(64, *data[0].shape[1:], dtype=torch.float64)
-    before = relative(small(images), model(images))
-    refit(model, small, [images[:32], images[32:]])
-    assert relative(small(images), model(images)) < 0.6 * before
 
 
 def test_units_of_every_family_divide():
