@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import supernet
 from models.backbone import blocks_of, first_layers, full_widths, modules_of, value_bias, value_layer
 from models.extraction import extract
+from models.targets import output_of
 from piad.mask_table import MaskTable
 from utils import UserError
 from wpac import least_squares
@@ -126,13 +127,14 @@ def test_the_output_on_held_out_images_is_never_worse_than_compensated(family, d
         assert all(torch.equal(a, b) for a, b in zip(small.parameters(), compensated_only.parameters(), strict=True))
 
 
-def test_without_a_head_the_cosine_of_the_features_decides():
+@pytest.mark.parametrize("target", ["features", "tokens"])
+def test_without_a_head_the_cosine_of_the_target_decides(target):
     model = random_backbone("registers", num_classes=0)
     small = extract(model, halves(model))
-    expected, others = model(held_out(images())), held_out(images())
-    result = refit(model, small, [images()])
+    result = refit(model, small, [images()], target)
     assert result.helped
-    assert result.after == pytest.approx((1 - F.cosine_similarity(small(others), expected)).mean().item())
+    found, expected = (output_of(network, held_out(images()), target) for network in (small, model))
+    assert result.after == pytest.approx((1 - F.cosine_similarity(found, expected, dim=-1)).mean().item())
 
 
 @pytest.mark.parametrize("family", ["siglip", "swin_padded"])

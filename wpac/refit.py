@@ -30,8 +30,8 @@ HELD_OUT = 8  # one image in so many is never fitted: damping is chosen on these
 class Refit:
     """What refitting did to the output of a sub-network on the held-out images.
 
-    before, after: mean KL divergence of its logits from those of the whole network, or, for features and tokens, mean of
-    1 - cosine, before refitting and after.  helped: whether it is lower after; if not, the sub-network is as before.
+    before, after: mean KL divergence of its logits from those of the whole network, or, for features and tokens, mean
+    of 1 - cosine, before refitting and after.  helped: whether it is lower after; if not, the sub-network is as before.
     """
 
     before: float
