@@ -30,15 +30,17 @@ class Refit:
     """What refitting did to the output of a sub-network on the held-out images.
 
     before, after: mean KL divergence of its output from that of the whole network, or, of a model without a head, mean
-    of 1 - cosine, before refitting and after.  helped: whether it is lower after; if not, the sub-network is as before.
+    of 1 - cosine, before refitting and after.  error: standard error of their difference over the images.
+    helped: whether it is lower after by more than that; if not, the sub-network is as before.
     """
 
     before: float
     after: float
+    error: float
 
     @property
     def helped(self) -> bool:
-        return self.after < self.before
+        return self.before - self.after > self.error
 
 
 @dataclass
@@ -67,7 +69,8 @@ def refit(model: Backbone, small: Backbone, images: Iterable[Tensor]) -> Refit:
     training, model, small = (model.training, small.training), model.to(device).eval(), small.eval()
     whole_parts, cut_parts, batches = _streams(model, small, images, device)
     held_out = [batch for batch in batches if batch.held_out]
-    before, replaced = [_run(cut_parts, small, batch.cut) for batch in held_out], []
+    before = [_run(cut_parts, small, batch.cut) for batch in held_out]
+    replaced: Replaced = []
     cut_runs = {key: run for key, run in cut_parts if key}
     for key, run in progress_bar(whole_parts, "refit"):
         if key is None:
@@ -78,9 +81,10 @@ def refit(model: Backbone, small: Backbone, images: Iterable[Tensor]) -> Refit:
         else:
             for batch in batches:
                 batch.whole = batch.whole + run(batch.whole)
-    expected = [classify(model, batch.whole) for batch in held_out]
-    after = [classify(small, batch.cut) for batch in held_out]
-    result = Refit(_distance(model, expected, before), _distance(model, expected, after))
+    none = batches[0].whole[:0]  # a rank may have no image that is held out
+    expected = torch.cat([classify(model, x) for x in (none, *(batch.whole for batch in held_out))])
+    after = torch.cat([classify(small, x) for x in (none, *(batch.cut for batch in held_out))])
+    result = _compare(expected, torch.cat([after[:0], *before]), after, logits=bool(model.num_classes))
     if not result.helped:
         for module, name, parameter in replaced:
             setattr(module, name, parameter)
@@ -141,18 +145,21 @@ def _run(parts: list, model: Backbone, x: Tensor) -> Tensor:
     return classify(model, x)
 
 
-def _distance(model: Backbone, expected: list[Tensor], found: list[Tensor]) -> float:
-    """Mean over the images of all ranks of KL(expected, found), or of 1 - cosine where the model has no head."""
-    total = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
-    for p, q in zip(expected, found, strict=True):
-        p, q = p.double(), q.double()
-        if model.num_classes:
-            total[0] += F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum")
+def _compare(expected: Tensor, before: Tensor, after: Tensor, logits: bool) -> Refit:
+    """Compares outputs (images, classes or features) of all ranks; logits: by KL divergence, else by cosine."""
+    distances = []
+    for found in (before, after):
+        if logits:
+            q, p = found.double().log_softmax(-1), expected.double().log_softmax(-1)
+            distances.append(F.kl_div(q, p, log_target=True, reduction="none").sum(-1))
         else:
-            total[0] += (1 - F.cosine_similarity(p, q, -1)).sum()
-        total[1] += p[..., 0].numel()
-    reduce_sum(total)
-    return (total[0] / total[1]).item()
+            distances.append(1 - F.cosine_similarity(expected.double(), found.double(), -1))
+    change = distances[1] - distances[0]
+    sums = torch.stack([distances[0].sum(), distances[1].sum(), change.square().sum(), change.new_tensor(len(change))])
+    reduce_sum(sums)
+    first, second, square, _ = (sums / sums[3]).tolist()
+    variance = max(square - (second - first) ** 2, 0.0)
+    return Refit(first, second, math.sqrt(variance / sums[3].item()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
