@@ -31,15 +31,17 @@ class Refit:
     """What refitting did to the output of a sub-network on the held-out images.
 
     before, after: mean KL divergence of its logits from those of the whole network, or, for features and tokens, mean
-    of 1 - cosine, before refitting and after.  helped: whether it is lower after; if not, the sub-network is as before.
+    of 1 - cosine, before refitting and after.  error: standard error of their difference over the images.
+    helped: whether it is lower after by more than that; if not, the sub-network is as before.
     """
 
     before: float
     after: float
+    error: float
 
     @property
     def helped(self) -> bool:
-        return self.after < self.before
+        return self.before - self.after > self.error
 
 
 @dataclass
@@ -69,7 +71,8 @@ def refit(model: Backbone, small: Backbone, images: Iterable[Tensor], target: st
     training, model, small = (model.training, small.training), model.to(device).eval(), small.eval()
     whole_parts, cut_parts, batches = _streams(model, small, images, device)
     held_out = [batch for batch in batches if batch.held_out]
-    before, replaced = [_run(cut_parts, small, batch.cut, target) for batch in held_out], []
+    before = [_run(cut_parts, small, batch.cut, target) for batch in held_out]
+    replaced: Replaced = []
     cut_runs = {key: run for key, run in cut_parts if key}
     for key, run in progress_bar(whole_parts, "refit"):
         if key is None:
@@ -82,7 +85,8 @@ def refit(model: Backbone, small: Backbone, images: Iterable[Tensor], target: st
                 batch.whole = batch.whole + run(batch.whole)
     expected = [from_tokens(model, model.norm(batch.whole), target) for batch in held_out]
     after = [from_tokens(small, small.norm(batch.cut), target) for batch in held_out]
-    result = Refit(_distance(target, device, expected, before), _distance(target, device, expected, after))
+    distances = [[_distance(target, *pair) for pair in zip(expected, found, strict=True)] for found in (before, after)]
+    result = _compared(*(torch.cat([torch.zeros(0, dtype=torch.float64, device=device), *part]) for part in distances))
     if not result.helped:
         for module, name, parameter in replaced:
             setattr(module, name, parameter)
@@ -143,18 +147,22 @@ def _run(parts: list, model: Backbone, x: Tensor, target: str) -> Tensor:
     return from_tokens(model, model.norm(x), target)
 
 
-def _distance(target: str, device: torch.device, expected: list[Tensor], found: list[Tensor]) -> float:
-    """Mean over the images of all ranks of KL(expected, found) for logits, of 1 - cosine for features and tokens."""
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for p, q in zip(expected, found, strict=True):
-        p, q = p.double(), q.double()
-        if target == "logits":
-            total[0] += F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum")
-        else:
-            total[0] += (1 - F.cosine_similarity(p, q, -1)).sum()
-        total[1] += p[..., 0].numel()
-    reduce_sum(total)
-    return (total[0] / total[1]).item()
+def _distance(target: str, expected: Tensor, found: Tensor) -> Tensor:
+    """KL divergence of logits, 1 - cosine of features, mean of 1 - cosine of tokens: (B,), in float64."""
+    expected, found = expected.double(), found.double()
+    if target == "logits":
+        return F.kl_div(found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    return (1 - F.cosine_similarity(expected, found, -1)).view(len(found), -1).mean(1)
+
+
+def _compared(before: Tensor, after: Tensor) -> Refit:
+    """Compares the distances of this rank's held-out images, together with those of all ranks."""
+    change = after - before
+    sums = torch.stack([before.sum(), after.sum(), change.square().sum(), change.new_tensor(len(change))])
+    reduce_sum(sums)
+    first, second, square, _ = (sums / sums[3]).tolist()
+    variance = max(square - (second - first) ** 2, 0.0)
+    return Refit(first, second, math.sqrt(variance / sums[3].item()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
