@@ -24,7 +24,7 @@ from utils import UserError
 from wpac import least_squares
 from wpac.compensation import compensate
 from wpac.least_squares import DAMPINGS, Moments
-from wpac.refit import HELD_OUT, _compare, held_out_limit, image_key, refit
+from wpac.refit import HELD_OUT, _compared, _distance, held_out_limit, image_key, refit
 from wpac.statistics import collect_statistics
 from wpac.transform import contract
 
@@ -252,12 +252,18 @@ def test_layer_scale_of_zero_and_bypassed_branches():
 
 
 def test_a_gain_within_the_error_of_few_images_is_not_taken():
-    expected = torch.zeros(4, 2, dtype=torch.float64)
-    before, after = (torch.tensor([[x, 0.0] for x in values]).double() for values in ((1, 1, 1, 1), (0, 1.4, 1, 1)))
-    result = _compare(expected, before, after, logits=True)
-    kl = [F.kl_div(x.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none").sum(-1)
-          for x in (before, after)]  # fmt: skip
-    assert (result.before, result.after) == pytest.approx((kl[0].mean().item(), kl[1].mean().item()))
-    assert result.error == pytest.approx(((kl[1] - kl[0]).std(correction=0) / 2).item())
-    assert result.after < result.before
+    before, after = (torch.tensor(values, dtype=torch.float64) for values in ((1, 1, 1, 1), (0, 1.4, 1, 1)))
+    result = _compared(before, after)
+    assert (result.before, result.after) == pytest.approx((1, 0.85))
+    assert result.error == pytest.approx(((after - before).std(correction=0) / 2).item())
     assert not result.helped
+    assert _compared(before, after - 0.5).helped
+
+
+def test_distances():
+    p, q = torch.randn(2, 3, 5, dtype=torch.float64)
+    kl = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    assert relative(_distance("logits", p, q), kl) < 1e-12
+    assert relative(_distance("features", p, q), 1 - F.cosine_similarity(p, q)) < 1e-12
+    tokens = torch.stack([p, q], 1), torch.stack([q, q], 1)  # (3, 2, 5)
+    assert relative(_distance("tokens", *tokens), (1 - F.cosine_similarity(p, q)) / 2) < 1e-12
