@@ -179,7 +179,8 @@ def evaluate_sizes(
         small = network.cut(code, refit).to(device)
         speed = {"images_per_second": batch_size / measure_latency(small, batch_size, amp)}
         found = evaluator(small)
-        row = {"op_code": code, **describe(small), **found, **speed, "widths": network.table.widths(code)}
+        row = {"op_code": code, "grade": network.grade_of(small), **describe(small), **found, **speed}
+        row["widths"] = network.table.widths(code)
         if baseline is not None:
             main = next(iter(measures_of(found)))
             row[f"baseline_{main}"] = evaluator(baseline.cut(code))[main]

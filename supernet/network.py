@@ -138,6 +138,10 @@ class Network:
         table, facts = MaskTable([full_widths(small)]), {"op_code": op_code}
         return replace(self, model=small, table=table, grade=grade, is_subnetwork=True, averaged=False, facts=facts)
 
+    def grade_of(self, small: Backbone) -> str:
+        """How a sub-network that cut() gave was made."""
+        return getattr(small, "grade", self.grade)
+
     def save(self, folder: Path | str, small: Backbone, **facts: Any) -> dict[str, Any]:
         """Writes a sub-network as a folder that load() opens, and returns its config.json.
 
@@ -146,5 +150,4 @@ class Network:
         Raises UserError where the folder cannot be written.
         """
         kept = self.facts if self.is_subnetwork else {}
-        grade = getattr(small, "grade", self.grade)
-        return save_subnetwork(Path(folder), small, self.describe(), {"grade": grade, **kept, **facts})
+        return save_subnetwork(Path(folder), small, self.describe(), {"grade": self.grade_of(small), **kept, **facts})

@@ -90,14 +90,14 @@ def test_sizes_are_compensated_unless_told_otherwise(best: Path, tmp_path: Path)
 
 
 def test_sizes_are_refitted_and_written_as_folders(best: Path, tmp_path: Path):
-    report = evaluated(best, tmp_path, "--refit", "--write-sub-networks")
+    report = evaluated(best, tmp_path, "--refit", "--write-sub-networks", "--proxy-samples", 1024)
     plain = evaluated(best, tmp_path / "plain")
     assert report["grade"] == "refitted"
-    assert report["sizes"][1]["loss"] != plain["sizes"][1]["loss"]
+    assert "refitted" in {row["grade"] for row in report["sizes"]}
     for row, before in zip(report["sizes"], plain["sizes"], strict=True):
         model, config = load_subnetwork(tmp_path / f"op_{row['op_code']}")
         # A size that refitting does not bring nearer to the whole network stays as it was.
-        assert config["grade"] == ("refitted" if row["loss"] != before["loss"] else "compensated")
+        assert config["grade"] == row["grade"] == ("refitted" if row["loss"] != before["loss"] else "compensated")
         assert config["accuracy"]["top1"] == row["top1"]
         assert config["widths"] == MaskTable.load(best / "mask_table.json").widths(row["op_code"])
         assert loss_of(model) == pytest.approx(row["loss"], rel=1e-4)
