@@ -141,21 +141,7 @@ def add_mask_table(group: argparse._ArgumentGroup) -> None:
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     add_data_set(group, default="folder")
-    group.add_argument(
-        "--proxy-samples",
-        type=positive,
-        default=1024,
-        metavar="N",
-        help="number of training images that statistics are taken on (default: %(default)s)",
-    )
-    group.add_argument(
-        "--knn-images",
-        type=positive,
-        default=10_000,
-        metavar="N",
-        help="number of training images among which the k-NN evaluation of an encoder searches neighbours (default: "
-        "%(default)s)",
-    )
+    add_proxy_samples(group)
     group.add_argument(
         "--batch-size",
         type=positive,
@@ -268,6 +254,40 @@ def add_dropout_ratio(group: argparse._ArgumentGroup) -> None:
         default=0.875,
         metavar="R",
         help="share of the MACs that the mask table can drop, r (default: %(default)s)",
+    )
+
+
+def add_proxy_samples(group: argparse._ArgumentGroup) -> None:
+    """--proxy-samples."""
+    group.add_argument(
+        "--proxy-samples",
+        type=positive,
+        default=1024,
+        metavar="N",
+        help="number of training images that statistics are taken on (default: %(default)s)",
+    )
+    group.add_argument(
+        "--knn-images",
+        type=positive,
+        default=10_000,
+        metavar="N",
+        help="number of training images among which the k-NN evaluation of an encoder searches neighbours (default: "
+        "%(default)s)",
+    )
+
+
+def add_refit(group: argparse._ArgumentGroup) -> None:
+    """--refit: False where it is not given, else the steps, 0 for least squares."""
+    group.add_argument(
+        "--refit",
+        type=count,
+        nargs="?",
+        const=0,
+        default=False,
+        metavar="STEPS",
+        help="fit each sub-network anew to the whole network on --proxy-samples training images, without labels: its "
+        "linear layers by least squares, or with STEPS its blocks by so many steps of gradient descent each, such as "
+        "350, which comes nearer where much is cut",
     )
 
 

@@ -27,6 +27,8 @@ from arguments import (
     add_mask_table,
     add_model,
     add_preprocessing,
+    add_proxy_samples,
+    add_refit,
     add_size_arguments,
     count,
     open_network,
@@ -39,6 +41,7 @@ from models.backbone import Backbone
 from models.loading import fit_head
 from models.macs import CONVENTIONS
 from models.targets import TARGETS
+from report.frontier import cut_or_refit, table_of
 from supernet import Network
 from supernet.budgets import asks_for_size, chosen_op_codes, latencies_of
 from supernet.facts import CONFIG, WEIGHTS
@@ -64,10 +67,11 @@ def main() -> None:
     latencies = latencies_of(args, network)
     op_codes = choose(args, network, latencies)
     evaluator = make_evaluator(args, network, images, latencies.device)
+    cut = cut_or_refit(args, network, 64, 0)
     rows = []
     with whole_folder(args.output) as folder:
         for code in progress_bar(op_codes, "sizes"):
-            small = network.cut(code).float().eval()
+            small = cut(code).float().eval()
             row = measure(args, network, small, code, evaluator, latencies)
             small.to("cpu")
             place = folder / f"op_{code}" if len(op_codes) > 1 else folder
@@ -84,6 +88,7 @@ def main() -> None:
             "sizes": rows,
         }
         write_text(folder / "index.json", json.dumps(index, indent=1) + "\n")
+    print(table_of([table_row(row) for row in rows]))
     say(f"written: {args.output}, {len(rows)} size{'s' if len(rows) > 1 else ''}, and index.json")
 
 
@@ -102,6 +107,8 @@ def parse_arguments() -> argparse.Namespace:
     add_model(group)
     add_mask_table(group)
     add_preprocessing(group)
+    add_refit(group)
+    add_proxy_samples(group)
     add_size_arguments(parser)
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -151,6 +158,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def choose(args: argparse.Namespace, network: Network, latencies: Latencies) -> list[int]:
     """The op codes that the flags ask for; a sub-network has one. Raises UserError where no size is asked for."""
+    if network.is_subnetwork and args.refit is not False:
+        raise UserError(f"{args.checkpoint} is a sub-network, which is cut already: leave --refit out")
     if asks_for_size(args) or args.frontier:
         return chosen_op_codes(args, network, latencies)
     if len(network.table) > 1:
@@ -171,6 +180,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("top1", "fidelity"):
         if name in args.measure and not args.data_set:
             raise UserError(f"--measure {name} needs --data-set")
+    if args.refit is not False and not args.data_set:
+        raise UserError("--refit needs images: give --data-set and --data-path")
     check_output_dir(args.output, "--output")
     if args.output.exists() and any(args.output.iterdir()) and not args.force:
         raise UserError(f"--output {args.output} exists and is not empty: give another folder, or --force")
@@ -251,7 +262,12 @@ def measure(
 ) -> dict[str, Any]:
     """Op code, MACs, params and memory (bytes) of a size; latency, top1 and fidelity if they are asked for or known."""
     linear, full = (count_sizes(small, convention=convention) for convention in CONVENTIONS)
-    row: dict[str, Any] = {"op_code": code, **linear, "macs": {"linear": linear["macs"], "full": full["macs"]}}
+    row: dict[str, Any] = {
+        "op_code": code,
+        "grade": network.grade_of(small),
+        **linear,
+        "macs": {"linear": linear["macs"], "full": full["macs"]},
+    }
     seconds = latencies.of(code) if "latency" in args.measure else latencies.seconds.get(code)
     if seconds is not None:
         where = {key: latencies.key[key] for key in ("device", "batch_size", "dtype", "torch")}
@@ -267,6 +283,13 @@ def measure(
     elif "fidelity" in network.facts:
         row["fidelity"] = network.facts["fidelity"]
     return row
+
+
+def table_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A size of index.json as a row of table_of()."""
+    found = {"top1": row["top1"]} if "top1" in row else {}
+    macs = {f"macs_{convention}": row["macs"][convention] for convention in CONVENTIONS}
+    return {"op_code": row["op_code"], **macs, "params": row["params"], **found, **row.get("fidelity", {})}
 
 
 def make_evaluator(

@@ -48,7 +48,7 @@ from utils import (
     seed_everything,
     world,
 )
-from wpac.refit import refit
+from wpac.refit import refit, refit_grade
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,8 +89,9 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
     settings = settings_of(args, network)
     files = CheckpointFolder(args.output_dir, settings, args.keep_every)
     state = files.to_resume(args.resume)
-    if args.refit and args.stage == "finetune" and state is None:
-        refit(whole.model, model, (images for images, _ in proxy_batches(args, train_images, config)))
+    if args.refit is not False and args.stage == "finetune" and state is None:
+        images = (images for images, _ in proxy_batches(args, train_images, config))
+        refit(whole.model, model, images, whole.target, args.refit)
     training = start_training(args, model, train_images.num_classes, device)
     piad = None
     if args.stage == "piad":
@@ -156,7 +157,7 @@ def trained_network(args: argparse.Namespace, whole: Network, num_classes: int) 
             "finetune trains one size: give --op-code, or one value of --macs-ratio, --macs, --params, --memory, "
             "--latency, --throughput, or of several of them"
         )
-    small = whole.subnetwork(op_codes[0], grade="refitted" if args.refit else whole.grade)
+    small = whole.subnetwork(op_codes[0], grade=whole.grade if args.refit is False else refit_grade(args.refit))
     fit_head(small.model, num_classes, remake=True)
     return replace(small, target="logits")
 

@@ -11,6 +11,7 @@ from arguments import (
     add_common_arguments,
     add_dropout_ratio,
     add_mask_table,
+    add_refit,
     add_size_arguments,
     count,
     data_overrides,
@@ -68,11 +69,7 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--frontier", type=positive, metavar="N", help="N sizes evenly spaced in MACs, besides those of the other flags"
     )
-    group.add_argument(
-        "--refit",
-        action="store_true",
-        help="solve the linear layers of each sub-network anew on --proxy-samples training images, without labels",
-    )
+    add_refit(group)
     group.add_argument(
         "--write-sub-networks", action="store_true", help="with --eval: also write each size as a folder, op_<code>/"
     )
@@ -200,11 +197,11 @@ def words_to_open(args: argparse.Namespace) -> list[str]:
     given = {key: getattr(args, key) for key in ("model", "checkpoint", "mask_table", "data_set", "data_path")}
     given |= data_overrides(args)
     given |= {"seed": args.seed} if args.seed else {}  # images are held back and drawn by it
-    given |= {"proxy_samples": args.proxy_samples} if args.refit else {}
+    given |= {"proxy_samples": args.proxy_samples} if args.refit is not False else {}
     for key, value in given.items():
         if value is not None:
             values = value if isinstance(value, list | tuple) else [value]
             words += [f"--{key.replace('_', '-')}", *map(str, values)]
     words += ["--eval-ema"] if args.use_ema else []
-    words += ["--refit"] if args.refit else []
+    words += [] if args.refit is False else ["--refit", str(args.refit)] if args.refit else ["--refit"]
     return words + ([] if args.compensate is None else ["--compensate" if args.compensate else "--no-compensate"])

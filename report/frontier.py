@@ -28,6 +28,7 @@ from supernet.amounts import format_amount
 from supernet.budgets import asks_for_size, chosen_op_codes
 from supernet.latency import measure_latency
 from utils import UserError, device_name, is_main_process, progress_bar, say
+from wpac.refit import refit_grade
 
 from .measures import measures_of
 
@@ -54,7 +55,7 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
         "title": f"{data}: one super-network of {format_amount(count_params(network.model))} parameters",
         "weights": str(weights),
         "averaged_weights": network.averaged,
-        "grade": "refitted" if args.refit else network.grade,
+        "grade": network.grade if args.refit is False else refit_grade(args.refit),
         "target": network.target,
         "compared_with": str(whole.source) if whole else None,
         "images": len(val_images),
@@ -71,7 +72,7 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
         batch_size=args.batch_size,
         amp=args.amp,
         baseline=baseline,
-        refit=proxy_images(args, network) if args.refit else None,
+        cut=cut_or_refit(args, network, args.batch_size, args.workers),
         then=partial(write_sub_network, args, network, facts) if args.write_sub_networks else None,
     )
     write_report(rows, args.output_dir, facts)
@@ -100,7 +101,7 @@ def open_at_sizes(args: argparse.Namespace, num_classes: int | None) -> tuple[Ne
         raise UserError("--checkpoint is missing: give the super-network's checkpoint_<epoch>.pth, or its folder")
     network = open_network(args)
     if network.is_subnetwork:
-        if args.refit:
+        if args.refit is not False:
             raise UserError(f"{args.checkpoint} is a sub-network, which is cut already: leave --refit out")
         if asks_for_size(args) or args.frontier:
             raise UserError(f"{args.checkpoint} is a sub-network, which has one size: leave --op-code and budgets out")
@@ -122,12 +123,16 @@ def open_baseline(args: argparse.Namespace, network: Network) -> Network | None:
     return replace(baseline, table=network.table)
 
 
-def proxy_images(args: argparse.Namespace, network: Network) -> list[torch.Tensor]:
-    """The proxy images in memory: batches (B, C, height, width)."""
+def cut_or_refit(
+    args: argparse.Namespace, network: Network, batch_size: int, workers: int
+) -> Callable[[int], Backbone]:
+    """What cuts the sub-network of an op code and, where --refit says so, refits it on the proxy set."""
+    if args.refit is False:
+        return network.cut
     train = open_images(args.data_set, args.data_path, "train", args.index, args.seed)
     proxy = proxy_set(train, args.proxy_samples, args.seed)
-    loader = eval_loader(proxy, network.preprocessing, batch_size=args.batch_size, workers=args.workers)
-    return [images for images, _ in loader]
+    loader = eval_loader(proxy, network.preprocessing, batch_size=batch_size, workers=workers)
+    return lambda code: network.cut(code, refit=(images for images, _ in loader), refit_steps=args.refit)
 
 
 def write_sub_network(
@@ -165,18 +170,18 @@ def evaluate_sizes(
     batch_size: int,
     amp: torch.dtype | None = None,
     baseline: Network | None = None,
-    refit: list[torch.Tensor] | None = None,
+    cut: Callable[[int], Backbone] | None = None,
     then: Callable[[Backbone, dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """A row per op code: widths, size counted on the extracted model, what the evaluator finds, images per second.
 
     baseline: other weights with the same mask table, on the device; what they have of the first measure goes into
-    baseline_<measure>.  refit: images to refit each sub-network on.
-    then(sub-network, row) is called for each.
+    baseline_<measure>.  cut: gives the sub-network of an op code (default: network.cut).  then(sub-network, row) is
+    called for each.
     """
     rows = []
     for code in progress_bar(op_codes, "sizes"):
-        small = network.cut(code, refit).to(device)
+        small = (cut or network.cut)(code).to(device)
         speed = {"images_per_second": batch_size / measure_latency(small, batch_size, amp)}
         found = evaluator(small)
         row = {"op_code": code, "grade": network.grade_of(small), **describe(small), **found, **speed}
@@ -203,8 +208,9 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     for key, measure in measures.items():
         columns[measure.name] = lambda row, key=key, measure=measure: measure.text(row[key])
         notes += [measure.note()] if key not in ("top1", "top5") else []
-    columns["images/s"] = lambda row: f"{row['images_per_second']:.0f}"
-    main = next(iter(measures))
+    if "images_per_second" in rows[0]:
+        columns["images/s"] = lambda row: f"{row['images_per_second']:.0f}"
+    main = next(iter(measures), None)
     if f"baseline_{main}" in rows[0]:
         columns["untrained"] = lambda row: measures[main].text(row[f"baseline_{main}"])
         notes.append(

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from report.plots import COLOURS, MARKERS, save_figure
 
@@ -115,6 +116,19 @@ def plot_alternatives(
         panel.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)
+
+
+def plot_maps(photos: Tensor, maps: dict[str, Tensor], path: Path) -> None:
+    """Draws photos (n, 3, height, width), of values 0..1, and below them a row of maps (n, height, width) per name."""
+    rows = {"photo": photos.permute(0, 2, 3, 1), **maps}
+    shape = (len(rows), len(photos))
+    figure, panels = plt.subplots(*shape, figsize=(1.6 * shape[1] + 0.6, 1.6 * shape[0]), layout="constrained")
+    for (name, images), line in zip(rows.items(), panels, strict=True):
+        for image, axes in zip(images, line, strict=True):
+            axes.imshow(image.clamp(0, 1), cmap="magma", vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name)
     save_figure(figure, path)
 
 

@@ -119,17 +119,24 @@ class Network:
         path = folder / LATENCY if folder else None
         return Latencies(self.model, self.table, batch_size=batch_size, amp=amp, device=device, path=path)
 
-    def cut(self, op_code: int = 0, refit: Iterable[Tensor] | None = None, share_memory: bool = False) -> Backbone:
+    def cut(
+        self,
+        op_code: int = 0,
+        refit: Iterable[Tensor] | None = None,
+        refit_steps: int = 0,
+        share_memory: bool = False,
+    ) -> Backbone:
         """The sub-network of an op code: timm's modules, physically smaller, on the model's device.
 
-        refit: batches (B, C, height, width), without labels, on which its linear layers are solved anew. Where that
-        does not help (see wpac.refit), the sub-network and its grade are as without.
+        refit: batches (B, C, height, width), without labels, on which its linear layers are solved anew; with
+        refit_steps, its blocks are trained for so many steps each instead, which takes longer and comes nearer to the
+        whole network. Where that does not help (see wpac.refit), the sub-network and its grade are as without.
         share_memory: read the super-network's memory where possible; the result must not be trained then.
         Raises UserError for an op code that the table does not have, or for fewer than two images to refit on.
         """
         small = extract(self.model, self.table.widths(op_code), share_memory)
-        if refit is not None and refitting.refit(self.model, small, refit, self.target).helped:
-            small.grade = "refitted"
+        if refit is not None and refitting.refit(self.model, small, refit, self.target, refit_steps).helped:
+            small.grade = refitting.refit_grade(refit_steps)
         return small
 
     def subnetwork(self, op_code: int, grade: str) -> Network:

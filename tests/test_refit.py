@@ -24,8 +24,9 @@ from utils import UserError
 from wpac import least_squares
 from wpac.compensation import compensate
 from wpac.least_squares import DAMPINGS, Moments
-from wpac.refit import HELD_OUT, _compared, _distance, held_out_limit, image_key, refit
+from wpac.refit import _compared, _distance, refit
 from wpac.statistics import collect_statistics
+from wpac.streams import HELD_OUT, held_out_limit, image_key
 from wpac.transform import contract
 
 COUNT = 48

@@ -21,6 +21,8 @@ from models.subnetwork import ValueProjection
 
 from .compensation import UNIFORM_SHARE
 
+Replaced = list[tuple[nn.Module, str, nn.Parameter]]  # module, name, and the parameter before
+
 
 class Rows(NamedTuple):
     """Rows of a layer's weight, and the parameter of a module of which the entries `places` are their biases."""
@@ -132,3 +134,10 @@ def in_order(x: Tensor, order: Tensor, images: int) -> Tensor:
     """What the last layer has of `images` images, in windows or not, as (images, N, n) in the order of the stream."""
     x = x.reshape(images, -1, x.shape[-1])
     return x if x.shape[1] == len(order) and (order.diff() == 1).all() else x[:, order]
+
+
+def replaced_by(module: nn.Module, name: str, value: Tensor) -> tuple[nn.Module, str, nn.Parameter]:
+    """Gives the module a new parameter, since the old one may be the whole network's; returns the old one."""
+    old = getattr(module, name)
+    setattr(module, name, nn.Parameter(value.to(old.dtype), old.requires_grad))
+    return module, name, old

@@ -5,6 +5,7 @@ B images, N tokens, D embedding, n inputs of the last layer of a branch. A Swin 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,17 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import Backbone
-from models.parts import apply_part, parts_of
+from models.backbone import Backbone, blocks_of, full_widths
+from models.parts import Part, apply_part
 from models.targets import default_target, from_tokens
-from utils import UserError, checksum, gather_over_ranks, mixed_seed, progress_bar, reduce_sum, say
+from utils import UserError, gather_over_ranks, progress_bar, reduce_sum, say
 
-from .branches import Branch, in_order, spread, tokens_of
+from .branches import Branch, Replaced, in_order, replaced_by, spread, tokens_of
+from .descent import descend, weights_of_tokens
 from .least_squares import Moments
-
-Replaced = list[tuple[nn.Module, str, nn.Parameter]]  # module, name, and what it was
-
-HELD_OUT = 8  # one image in so many is never fitted: damping is chosen on these, and they say whether a fit helps
+from .streams import Batch, streams_of
 
 
 @dataclass(frozen=True)
@@ -44,45 +43,52 @@ class Refit:
         return self.before - self.after > self.error
 
 
-@dataclass
-class _Batch:
-    """The residual streams of the same images in the whole network and in the cut one, (B, N, D) or (B, H, W, D)."""
-
-    whole: Tensor
-    cut: Tensor
-    held_out: bool
-
-
 @torch.no_grad()
-def refit(model: Backbone, small: Backbone, images: Iterable[Tensor], target: str | None = None) -> Refit:
-    """Refits the linear layers of every branch of `small`, in place and in forward order, by damped least squares.
+def refit(
+    model: Backbone, small: Backbone, images: Iterable[Tensor], target: str | None = None, steps: int = 0, seed: int = 0
+) -> Refit:
+    """Refits every branch of `small` to the whole network, in place and in forward order.
 
     model: the whole network that `small` was cut from.  images: batches (B, C, height, width), read once.  target: see
-    models.targets (default: that of default_target()).
-    Each layer is fitted on the inputs that it receives after the layers before it have been refitted. The targets of
-    the first layers of a branch (such as qkv, fc1) are the outputs of those layers for the whole network's residual
-    stream. The targets of the last layer (proj, fc2) are that stream after the branch, so that errors of earlier
-    layers are corrected, too. One image in HELD_OUT is not fitted: a layer whose fit does not lower the error on those
-    images keeps what it had, and so does the sub-network if its output is not nearer to the whole network's there.
+    models.targets (default: that of default_target()).  steps: 0 solves the linear layers by damped least squares;
+    more are the steps of gradient descent that each block is trained for instead (see wpac.descent), on images that
+    `seed` decides.
+    By least squares, each layer is fitted on the inputs that it receives after the layers before it have been refitted.
+    The targets of the first layers of a branch (such as qkv, fc1) are the outputs of those layers for the whole
+    network's residual stream. The targets of the last layer (proj, fc2) are that stream after the branch, so that
+    errors of earlier layers are corrected, too. One image in HELD_OUT is not fitted: a layer whose fit does not lower
+    the error on those images keeps what it had. By gradient descent, the target of a block is that stream after it.
+    Either way the sub-network stays as it was if its output is not nearer to the whole network's on those images.
     The residual streams of all images are kept in memory, once for each of the two networks, and at most as much again.
-    Raises UserError where there are fewer than two different images.
+    Raises UserError where there are fewer than two different images, or with steps a process without any to fit.
     """
+    if full_widths(small) == full_widths(model):  # nothing was cut
+        return Refit(0.0, 0.0, 0.0)
     device, target = next(small.parameters()).device, target or default_target(model)
     training, model, small = (model.training, small.training), model.to(device).eval(), small.eval()
-    whole_parts, cut_parts, batches = _streams(model, small, images, device)
+    whole_parts, cut_parts, batches = streams_of(model, small, images, device)
     held_out = [batch for batch in batches if batch.held_out]
+    if steps and min(count for (count,) in gather_over_ranks([float(len(batches) - len(held_out))])) == 0:
+        raise UserError("refitting by steps needs two images or more per process: give more images")
     before = [_run(cut_parts, small, batch.cut, target) for batch in held_out]
     replaced: Replaced = []
     cut_runs = {key: run for key, run in cut_parts if key}
-    for key, run in progress_bar(whole_parts, "refit"):
-        if key is None:
+    blocks = [(index, list(parts)) for index, parts in itertools.groupby(whole_parts, _block_of)]
+    for index, parts in progress_bar(blocks, "refit"):
+        if index is None:  # a Swin merges patches
             for batch in batches:
-                batch.whole, batch.cut = run(batch.whole), run(batch.cut)
-        elif key in cut_runs:
-            replaced += _refit_branch(Branch(model, key, run), Branch(small, key, cut_runs[key]), batches)
+                batch.whole, batch.cut = parts[0][1](batch.whole), parts[0][1](batch.cut)
+        elif steps:
+            runs = [part for part in cut_parts if _block_of(part) == index]
+            weights = weights_of_tokens(model, parts[-1], batches[0].whole, target)
+            replaced += descend(blocks_of(small)[index], parts, runs, batches, weights, steps, seed, index)
         else:
-            for batch in batches:
-                batch.whole = batch.whole + run(batch.whole)
+            for key, run in parts:
+                if key in cut_runs:
+                    replaced += _refit_branch(Branch(model, key, run), Branch(small, key, cut_runs[key]), batches)
+                else:
+                    for batch in batches:
+                        batch.whole = batch.whole + run(batch.whole)
     expected = [from_tokens(model, model.norm(batch.whole), target) for batch in held_out]
     after = [from_tokens(small, small.norm(batch.cut), target) for batch in held_out]
     distances = [[_distance(target, *pair) for pair in zip(expected, found, strict=True)] for found in (before, after)]
@@ -94,50 +100,6 @@ def refit(model: Backbone, small: Backbone, images: Iterable[Tensor], target: st
     model.train(training[0])
     small.train(training[1])
     return result
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-
-
-def _streams(
-    model: Backbone, small: Backbone, images: Iterable[Tensor], device: torch.device
-) -> tuple[list, list, list[_Batch]]:
-    """The parts of both networks (see models.parts.parts_of) and the first block's inputs, held-out images apart."""
-    streams, keys, whole_parts, cut_parts = [], [], [], []
-    for batch in images:
-        x, parts = parts_of(model, batch.to(device))
-        if not streams:
-            whole_parts, cut_parts = parts, parts_of(small, batch[:1].to(device))[1]
-        streams.append(x)
-        keys.append([image_key(image) for image in batch])
-    limit = held_out_limit([key for batch in keys for key in batch])
-    masks = [torch.tensor([key <= limit for key in batch], device=device) for batch in keys]
-    held_out = [x[mask] for x, mask in zip(streams, masks, strict=True)]
-    fitted = [x[~mask] for x, mask in zip(streams, masks, strict=True)]
-    size = max(map(len, streams))
-    batches = [_Batch(x, x, held_out=False) for x in fitted if len(x)]
-    batches += [_Batch(x, x, held_out=True) for x in torch.cat(held_out).split(size) if len(x)]
-    return whole_parts, cut_parts, batches
-
-
-def image_key(image: Tensor) -> float:
-    """A number that depends on every bit of the image and on nothing else; those of other images are spread evenly."""
-    return float(mixed_seed(checksum([image])) >> 11)  # of 52 bits, which float64 holds
-
-
-def held_out_limit(keys: list[float]) -> float:
-    """The largest key of a held-out image. keys: of this rank's images.
-
-    So the choice does not depend on the order of the images, on the batch size or on the number of processes, and the
-    same image is never on both sides.
-    """
-    most = int(max(row[0] for row in gather_over_ranks([float(len(keys))])))
-    rows = gather_over_ranks(keys + [math.inf] * (most - len(keys)))
-    found = sorted({key for row in rows for key in row} - {math.inf})
-    if len(found) < 2:
-        raise UserError(f"refitting needs at least two different images, and there are {len(found)}")
-    return found[max(1, len(found) // HELD_OUT) - 1]
 
 
 def _run(parts: list, model: Backbone, x: Tensor, target: str) -> Tensor:
@@ -165,11 +127,21 @@ def _compared(before: Tensor, after: Tensor) -> Refit:
     return Refit(first, second, math.sqrt(variance / sums[3].item()))
 
 
+def refit_grade(steps: int) -> str:
+    """The grade of a sub-network that was refitted."""
+    return f"refitted, {steps} steps per block" if steps else "refitted"
+
+
+def _block_of(part: Part) -> int | None:
+    """The block of a part of parts_of(); None for a Swin's merging of patches."""
+    return None if part[0] is None else int(part[0].split(".")[0])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# A branch
+# A branch, by least squares
 
 
-def _refit_branch(whole: Branch, cut: Branch, batches: list[_Batch]) -> Replaced:
+def _refit_branch(whole: Branch, cut: Branch, batches: list[Batch]) -> Replaced:
     """Refits a branch, and moves both streams past it. Returns the parameters that were replaced."""
     dim, device = cut.last.out_features, cut.last.weight.device
     order = cut.order(batches[0].cut)
@@ -236,7 +208,7 @@ def _fold_first(branch: Branch, moments: Moments) -> Replaced:
             if constant:
                 value = new.setdefault((group.module, group.bias), getattr(group.module, group.bias).double().clone())
                 value[group.places] += weight @ offset
-    return [_replace(module, name, value) for (module, name), value in new.items()]
+    return [replaced_by(module, name, value) for (module, name), value in new.items()]
 
 
 def _fold_last(branch: Branch, moments: Moments, metric: Tensor) -> Replaced:
@@ -247,14 +219,7 @@ def _fold_last(branch: Branch, moments: Moments, metric: Tensor) -> Replaced:
     if found is None:
         return []
     solution, offset = (value.to(layer.weight.device) for value in found)
-    replaced = [_replace(layer, "weight", layer.weight.double() + solution.mT)]
+    replaced = [replaced_by(layer, "weight", layer.weight.double() + solution.mT)]
     if layer.bias is not None:
-        replaced.append(_replace(layer, "bias", layer.bias.double() + offset))
+        replaced.append(replaced_by(layer, "bias", layer.bias.double() + offset))
     return replaced
-
-
-def _replace(module: nn.Module, name: str, value: Tensor) -> tuple[nn.Module, str, nn.Parameter]:
-    """Gives the module a new parameter, since the old one may be the whole network's; returns the old one."""
-    old = getattr(module, name)
-    setattr(module, name, nn.Parameter(value.to(old.dtype), old.requires_grad))
-    return module, name, old

@@ -1,0 +1,180 @@
+"""How near sub-networks of an encoder without a head come to it, and what a frozen head makes of them.
+
+    python -m studies.encoders --name encoder --photos DIR --checkpoint FILE --head FILE ...
+
+Contracts the encoder by --method best on the first --fit photos of --photos, sorted by name, and makes sub-networks of
+every grade on the same photos. Measures on the --report photos after them: cosine of the class token and of the patch
+tokens with those of the whole encoder, and with a saliency head on the patch tokens, which is not trained, the IoU of
+the maps (at 0.5, all pixels together). Writes docs/results/encoders_NAME.json after each measurement and skips
+measurements that are already there; draws the maps of four photos.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import supernet
+from arguments import Parser, add_model, add_preprocessing, data_overrides, positive
+from benchmarks.common import describe_machine
+from image_folders import image_files
+from models.backbone import Backbone, full_widths
+from models.extraction import extract
+from models.macs import count_macs
+from models.targets import output_of
+from studies.common import RESULTS, Results, facts_of
+from studies.plots import plot_maps
+from supernet.contraction import contract_network
+from utils import init_processes, run_program
+from wpac.refit import refit
+
+BATCH = 20
+MILD = {"attn": 0.8, "mlp": 0.65}  # shares of the dims, for comparison with published figures
+SHARES = (1 / 2, 1 / 4, 1 / 8)  # of the MACs, by the mask table
+SHOWN = (0, 12, 24, 36)  # photos of the picture
+
+
+class SaliencyHead(nn.Sequential):
+    """Patch tokens (B, N, D) to a map in 0..1, (B, height, width)."""
+
+    def __init__(self, weights: dict[str, Tensor], size: tuple[int, int]):
+        super().__init__()
+        channels = [*(len(weights[f"upconv{i}.weight"]) for i in (1, 2, 3)), weights["upconv3.weight"].shape[1]]
+        for i, (before, after) in enumerate(itertools.pairwise(channels), 1):
+            self.add_module(f"upconv{i}", nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(after))
+            self.add_module(f"relu{i}", nn.ReLU())
+        self.final_conv = nn.Conv2d(channels[-1], 1, kernel_size=1)
+        self.size = size
+        self.load_state_dict({key: v.float() if v.is_floating_point() else v for key, v in weights.items()})
+        self.eval()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        side = round(tokens.shape[1] ** 0.5)
+        x = super().forward(tokens.mT.unflatten(2, (side, side)))
+        return F.interpolate(x, self.size, mode="bilinear", align_corners=False)[:, 0].sigmoid()
+
+
+class Study:
+    """The encoder, the photos and the head. `fitted` and `others`: (photos, C, height, width)."""
+
+    def __init__(self, args: argparse.Namespace):
+        more = {"model_kwargs": args.model_kwargs, "preprocessing": data_overrides(args)}
+        self.network = supernet.load(args.checkpoint, name=args.model, plain_weights=True, **more)
+        files = image_files(args.photos)[: args.fit + args.report]
+        photos = torch.stack([self.network.read(Image.open(file)) for file in files])
+        self.fitted, self.others = photos[: args.fit], photos[args.fit :]
+        self.head = SaliencyHead(load_file(args.head), photos.shape[-2:])
+        self.whole = self.tokens(self.network.model)
+        self.maps = self.maps_of(self.whole)
+        path = args.output_dir / f"encoders_{args.name}.json"
+        self.results = Results(path, **facts_of(self.network), machine=describe_machine(torch.device("cpu"), None))
+
+    @torch.inference_mode()
+    def tokens(self, model: Backbone) -> Tensor:
+        """All tokens after the last norm of the photos to report on, (photos, N, D)."""
+        return torch.cat([output_of(model, images, "tokens") for images in self.others.split(BATCH)])
+
+    @torch.inference_mode()
+    def maps_of(self, tokens: Tensor) -> Tensor:
+        """Their saliency maps, (photos, height, width)."""
+        first = self.network.model.num_prefix_tokens
+        return torch.cat([self.head(part[:, first:]) for part in tokens.split(BATCH)])
+
+    def scores(self, small: Backbone) -> tuple[dict[str, float], Tensor]:
+        """What is reported of a sub-network, and its maps."""
+        tokens = self.tokens(small)
+        maps = self.maps_of(tokens)
+        cosines = F.cosine_similarity(tokens, self.whole, dim=-1)
+        found, expected = maps > 0.5, self.maps > 0.5
+        iou = ((found & expected).sum() / (found | expected).sum()).item()
+        patches = cosines[:, self.network.model.num_prefix_tokens :].mean().item()
+        return {"class": cosines[:, 0].mean().item(), "patch": patches, "iou": iou}, maps
+
+    def widths(self) -> dict[str, dict[str, int]]:
+        """Name of a size -> widths, once the network is contracted."""
+        found = {f"{share:g}": self.network.select(max_macs=share * self.network.macs()) for share in SHARES}
+        full = full_widths(self.network.model)
+        mild = {key: int(width * MILD[key.split(".")[1]]) for key, width in full.items()}
+        return {"mild": mild} | {name: self.network.table.widths(code) for name, code in found.items()}
+
+    def measure(self, size: str, widths: dict[str, int], steps: int | None) -> Tensor | None:
+        """Measures a size, compensated (steps None), or refitted; returns its maps if it was not measured before."""
+        key = {"size": size, "steps": steps, "fit": len(self.fitted), "report": len(self.others)}
+        if self.results.rows("rows", **key):
+            return None
+        model = self.network.model
+        small, start = extract(model, widths), time.perf_counter()
+        if steps is not None:
+            refit(model, small, self.fitted.split(BATCH), "tokens", steps)
+        seconds = time.perf_counter() - start
+        scores, maps = self.scores(small)
+        share = count_macs(model, widths) / count_macs(model)
+        self.results.add("rows", {**key, "macs_share": share, **scores, "seconds": seconds})
+        return maps
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/RESULTS.md: class cosine / patch cosine / IoU."""
+    lines = ["| MACs | sub-network | class | patch | IoU | seconds |", "|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: (-row["macs_share"], -1 if row["steps"] is None else row["steps"])):
+        steps = row["steps"]
+        grade = "compensated" if steps is None else f"refitted, {steps} steps" if steps else "refitted, least squares"
+        values = " | ".join(f"{row[key]:.3f}" for key in ("class", "patch", "iou"))
+        lines.append(f"| {row['macs_share']:.2f} | {grade} | {values} | {row['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("study")
+    group.add_argument("--name", required=True, help="of the encoder, used in file names")
+    group.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="weights")
+    group.add_argument("--photos", type=Path, required=True, metavar="DIR", help="folder of photos")
+    group.add_argument("--head", type=Path, required=True, metavar="FILE", help="weights of the saliency head")
+    group.add_argument("--fit", type=positive, default=500, metavar="N", help="photos to fit on (default: %(default)s)")
+    group.add_argument("--report", type=positive, default=100, metavar="N", help="photos after them to report on")
+    group.add_argument("--steps", type=int, nargs="+", default=[500, 0], help="of refitting; 0 = least squares")
+    group.add_argument("--sizes", nargs="+", default=["0.5", "0.25", "mild"], help="which sizes, in order")
+    add_model(group)
+    add_preprocessing(group)
+    parser.set_defaults(output_dir=RESULTS, device="cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    init_processes(args)
+    study = Study(args)
+    batches = [(images, torch.zeros(len(images), dtype=torch.long)) for images in study.fitted.split(BATCH)]
+    study.network.target = "tokens"
+    contract_network(study.network, batches, method="best", dropout_ratio=0.95)
+    shown, widths = {"whole": study.maps}, study.widths()
+    for steps in (None, *args.steps):
+        for size in args.sizes:
+            maps = study.measure(size, widths[size], steps)
+            if steps and size in ("0.5", "0.25") and maps is not None:
+                shown[f"{size} of the MACs"] = maps
+    study.results.log()
+    rows = study.results.rows("rows")
+    print(markdown(rows))
+    if len(shown) == 3:
+        mean, std = (torch.tensor(study.network.preprocessing[key])[:, None, None] for key in ("mean", "std"))
+        photos = study.others[list(SHOWN)] * std + mean
+        named = {name: maps[list(SHOWN)] for name, maps in shown.items()}
+        plot_maps(photos, named, study.results.path.with_suffix(".png"))
+    print(json.dumps({"file": study.results.path.name, "rows": len(rows)}))
+
+
+if __name__ == "__main__":
+    run_program(main)
