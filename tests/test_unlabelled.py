@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from faults import scalars
-from programs import MODEL, Road, exit_code, run
+from programs import MODEL, ROOT, Road, exit_code, run
 from safetensors.torch import save_file
 from test_targets import Labels
 from timm.models.vision_transformer import VisionTransformer
@@ -324,3 +327,42 @@ def test_what_needs_labels_says_so(
 def test_what_an_encoder_does_not_have(flags: list[str], says: str, encoder: list[str], tmp_path: Path, capsys):
     assert exit_code("reparam.py", "--data-set", "digits", *LOADING, *encoder, *flags, "--output-dir", tmp_path) == 2
     assert says in capsys.readouterr().err
+
+
+def test_an_encoder_and_photos_become_a_smaller_encoder(encoder: list[str], photos: Path, tmp_path: Path):
+    """run_compress.sh: contraction, refitting by gradient descent, and a table, without labels."""
+    more = {"PYTHON": sys.executable, "CHECKPOINT": encoder[1], "MODEL": encoder[3], "OUTPUT": str(tmp_path)}
+    more |= {"MODEL_KWARGS": " ".join(encoder[5:]), "DATA_PATH": str(photos), "SIZES": "--macs-ratio 0.2 0.4"}
+    more |= {"REFIT": "20", "NAME": "small", "DEVICE": "cpu", "WORKERS": "0", "BATCH_SIZE": "32"}
+    done = subprocess.run(["sh", ROOT / "run_compress.sh"], env={**os.environ, **more}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "compressed/small"
+    index, net = json.loads((out / "index.json").read_text()), supernet.load(tmp_path / "reparamed/small")
+    for row in index["sizes"]:
+        small = supernet.load(out / row["files"]["folder"])
+        assert small.grade == row["grade"] and row["grade"] in ("compensated", "refitted, 20 steps per block")
+        assert_faithful(row["fidelity"], small.model, net, photos)
+        plain = fidelity_of(net.cut(row["op_code"]), net, photos)
+        assert (plain["token_cosine"] == pytest.approx(row["fidelity"]["token_cosine"], abs=1e-7)) == (
+            row["grade"] == "compensated"
+        )
+        assert f"{row['fidelity']['token_cosine']:.4f}" in done.stdout
+    assert any(row["grade"] != "compensated" for row in index["sizes"])
+
+
+def test_export_refits_as_python_does(contracted: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    export = ["export.py", contracted, "--op-code", -1, "--output", tmp_path / "out", "--device", "cpu"]
+    assert exit_code(*export, "--refit") == 2
+    assert "--refit needs images: give --data-set and --data-path" in capsys.readouterr().err
+    data = ["--data-set", "images", "--data-path", photos]
+    run(*export, "--refit", 60, *data)
+    found, net = supernet.load(tmp_path / "out"), supernet.load(contracted)
+    train = open_images("images", str(photos), "train")
+    images = torch.stack([net.read(train[index][0]) for index in range(len(train))])
+    expected = net.cut(-1, refit=[images], refit_steps=60)
+    assert found.grade == net.grade_of(expected) == "refitted, 60 steps per block"
+    outputs = [output_of(model, images, "tokens") for model in (found.model, expected)]
+    assert torch.allclose(*outputs, atol=1e-4)
+    again = ["export.py", tmp_path / "out", "--refit", *data, "--output", tmp_path / "again", "--device", "cpu"]
+    assert exit_code(*again) == 2
+    assert "is a sub-network, which is cut already: leave --refit out" in capsys.readouterr().err
