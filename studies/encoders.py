@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import supernet
-from arguments import Parser, add_model, add_preprocessing, data_overrides, positive
+from arguments import Parser, add_model, add_preprocessing, count, data_overrides, positive
 from benchmarks.common import describe_machine
 from image_folders import image_files
 from models.backbone import Backbone, full_widths
@@ -40,8 +40,7 @@ from wpac.refit import refit
 
 BATCH = 20
 MILD = {"attn": 0.8, "mlp": 0.65}  # shares of the dims, for comparison with published figures
-SHARES = (1 / 2, 1 / 4, 1 / 8)  # of the MACs, by the mask table
-SHOWN = (0, 12, 24, 36)  # photos of the picture
+SHOWN = slice(0, 48, 12)  # photos of the picture
 
 
 class SaliencyHead(nn.Sequential):
@@ -101,12 +100,12 @@ class Study:
         patches = cosines[:, self.network.model.num_prefix_tokens :].mean().item()
         return {"class": cosines[:, 0].mean().item(), "patch": patches, "iou": iou}, maps
 
-    def widths(self) -> dict[str, dict[str, int]]:
-        """Name of a size -> widths, once the network is contracted."""
-        found = {f"{share:g}": self.network.select(max_macs=share * self.network.macs()) for share in SHARES}
-        full = full_widths(self.network.model)
-        mild = {key: int(width * MILD[key.split(".")[1]]) for key, width in full.items()}
-        return {"mild": mild} | {name: self.network.table.widths(code) for name, code in found.items()}
+    def widths(self, size: str) -> dict[str, int]:
+        """The widths of "mild", or of a share of the MACs by the mask table of the contracted network."""
+        if size == "mild":
+            full = full_widths(self.network.model)
+            return {key: int(width * MILD[key.split(".")[1]]) for key, width in full.items()}
+        return self.network.table.widths(self.network.select(max_macs=float(size) * self.network.macs()))
 
     def measure(self, size: str, widths: dict[str, int], steps: int | None) -> Tensor | None:
         """Measures a size, compensated (steps None), or refitted; returns its maps if it was not measured before."""
@@ -144,11 +143,12 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--head", type=Path, required=True, metavar="FILE", help="weights of the saliency head")
     group.add_argument("--fit", type=positive, default=500, metavar="N", help="photos to fit on (default: %(default)s)")
     group.add_argument("--report", type=positive, default=100, metavar="N", help="photos after them to report on")
-    group.add_argument("--steps", type=int, nargs="+", default=[500, 0], help="of refitting; 0 = least squares")
-    group.add_argument("--sizes", nargs="+", default=["0.5", "0.25", "mild"], help="which sizes, in order")
+    group.add_argument("--steps", type=count, nargs="+", default=[500, 0], help="of refitting; 0 = least squares")
+    group.add_argument("--sizes", nargs="+", default=["0.5", "0.25", "mild"], help="shares of the MACs, or mild")
+    group.add_argument("--output-dir", type=Path, default=RESULTS, metavar="DIR", help="where results go")
     add_model(group)
     add_preprocessing(group)
-    parser.set_defaults(output_dir=RESULTS, device="cpu")
+    parser.set_defaults(device="cpu")
     return parser.parse_args()
 
 
@@ -159,19 +159,19 @@ def main() -> None:
     batches = [(images, torch.zeros(len(images), dtype=torch.long)) for images in study.fitted.split(BATCH)]
     study.network.target = "tokens"
     contract_network(study.network, batches, method="best", dropout_ratio=0.95)
-    shown, widths = {"whole": study.maps}, study.widths()
+    shown = {"whole": study.maps}
     for steps in (None, *args.steps):
         for size in args.sizes:
-            maps = study.measure(size, widths[size], steps)
+            maps = study.measure(size, study.widths(size), steps)
             if steps and size in ("0.5", "0.25") and maps is not None:
                 shown[f"{size} of the MACs"] = maps
     study.results.log()
     rows = study.results.rows("rows")
     print(markdown(rows))
-    if len(shown) == 3:
+    if len(shown) == 3:  # the whole encoder and both sizes, measured in this run
         mean, std = (torch.tensor(study.network.preprocessing[key])[:, None, None] for key in ("mean", "std"))
-        photos = study.others[list(SHOWN)] * std + mean
-        named = {name: maps[list(SHOWN)] for name, maps in shown.items()}
+        photos = study.others[SHOWN] * std + mean
+        named = {name: maps[SHOWN] for name, maps in shown.items()}
         plot_maps(photos, named, study.results.path.with_suffix(".png"))
     print(json.dumps({"file": study.results.path.name, "rows": len(rows)}))
 

@@ -113,9 +113,10 @@ def main() -> None:
         add_outliers(model, args.outliers)
     fitted, others = read(network, args.fit, args.samples), read(network, args.report, args.report_samples)
     whole = outputs(model, others, args.batch_size)
+    target = "logits" if model.num_classes else "features"
     batches = fitted.split(args.batch_size)
     pairs = [(batch, torch.zeros(len(batch), dtype=torch.long)) for batch in batches]
-    statistics = collect_statistics(model, pairs, default_cost(network.target), outputs=True, target=network.target)
+    statistics = collect_statistics(model, pairs, default_cost(target), outputs=True, target=target)
     contract(model, statistics, "fisher", "fisher")
     compensate(model, statistics.outputs)
     rows = []
@@ -126,7 +127,7 @@ def main() -> None:
         small = extract(model, widths)
         row = {"widths": name, "compensated": scores(whole, outputs(small, others, args.batch_size))}
         start = time.process_time()
-        result = refit(model, small, batches, network.target)
+        result = refit(model, small, batches, target)
         row |= {"cpu_seconds": round(time.process_time() - start), "held_out": [result.before, result.after]}
         rows.append(row | {"refitted": scores(whole, outputs(small, others, args.batch_size))})
         print(json.dumps(rows[-1]), flush=True)

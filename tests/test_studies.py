@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from tiny import PLAIN, SHAPE, batches, random_backbone, random_data, relative
+from torch import nn
 
 from models.backbone import full_widths, modules_of
 from models.elastic import make_elastic
@@ -19,7 +23,7 @@ from piad import importance
 from piad.dropout_list import unit_sizes
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
-from studies import alternatives, regimes
+from studies import alternatives, encoders, regimes
 from studies.common import Results, run_entry_point, zero_dims
 from studies.criteria import ClassTokenOnly, EqualTokens
 from studies.regimes import CHOICES
@@ -139,3 +143,29 @@ def test_tables_have_a_cell_for_each_size():
              for size in alternatives.SHARES]  # fmt: skip
     assert "| alone | 1 | 9 | 40.0 | 40.0 | 40.0 | 1,080 |" in alternatives.markdown({"rows": sizes})
     assert np.isclose(sum(alternatives.SHARES.values()), 1.5)
+
+
+def test_the_study_of_encoders_measures_every_grade(tmp_path: Path, capsys: pytest.CaptureFixture):
+    photos, generator = tmp_path / "photos", np.random.default_rng(0)
+    photos.mkdir()
+    for index in range(20):
+        Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(photos / f"{index:02}.png")
+    shape = {**SHAPE, "num_classes": 0}
+    save_file(random_backbone(num_classes=0, dtype=torch.float32).state_dict(), tmp_path / "encoder.safetensors")
+    head, channels = {}, (shape["embed_dim"], 8, 4, 2)
+    for i, (before, after) in enumerate(itertools.pairwise(channels), 1):
+        head |= {f"upconv{i}.{k}": v for k, v in nn.ConvTranspose2d(before, after, 4).state_dict().items()}
+        head |= {f"bn{i}.{k}": v for k, v in nn.BatchNorm2d(after).state_dict().items()}
+    head |= {f"final_conv.{k}": 5 * v for k, v in nn.Conv2d(2, 1, 1).state_dict().items()}
+    save_file(head, tmp_path / "head.safetensors")
+    files = ["--photos", photos, "--checkpoint", tmp_path / "encoder.safetensors", "--head",
+             tmp_path / "head.safetensors", "--output-dir", tmp_path]  # fmt: skip
+    model = ["--model", PLAIN, "--model-kwargs", *(f"{key}={value}" for key, value in shape.items())]
+    run_entry_point(encoders.main, "--name", "tiny", *files, *model, "--fit", 14, "--report", 6, "--steps", 2, 0)
+    rows = json.loads((tmp_path / "encoders_tiny.json").read_text())["rows"]
+    assert [(row["size"], row["steps"]) for row in rows] == [
+        (size, steps) for steps in (None, 2, 0) for size in ("0.5", "0.25", "mild")
+    ]
+    assert all(-1 <= row["class"] <= 1 and 0 <= row["iou"] <= 1 for row in rows)
+    assert rows[2]["patch"] > rows[0]["patch"] > rows[1]["patch"]  # less is cut: nearer
+    assert "| compensated |" in capsys.readouterr().out and (tmp_path / "encoders_tiny.png").exists()
