@@ -122,10 +122,8 @@ def plot_alternatives(
 def plot_maps(photos: Tensor, maps: dict[str, Tensor], path: Path) -> None:
     """Draws photos (n, 3, height, width), of values 0..1, and below them a row of maps (n, height, width) per name."""
     rows = {"photo": photos.permute(0, 2, 3, 1), **maps}
-    shape = (len(rows), len(photos))
-    figure, panels = plt.subplots(
-        *shape, figsize=(1.6 * shape[1] + 0.6, 1.6 * shape[0]), layout="constrained", squeeze=False
-    )
+    size = (1.6 * len(photos) + 0.6, 1.6 * len(rows))
+    figure, panels = plt.subplots(len(rows), len(photos), figsize=size, layout="constrained", squeeze=False)
     for (name, images), line in zip(rows.items(), panels, strict=True):
         for image, axes in zip(images, line, strict=True):
             axes.imshow(image.clamp(0, 1), cmap="magma", vmin=0, vmax=1)
