@@ -68,7 +68,8 @@ def _line_of(error: Exception) -> str | None:
         return last[0].removeprefix("utils.UserError: ")
     if isinstance(error, OSError) and error.errno in _FILE_ERRORS:
         return f"cannot write {error.filename or 'to the output folder'}: {error.strerror}"
-    if "DataLoader worker" in str(error):
+    # A connection is reset if the process dies while it hands over a batch.
+    if "DataLoader worker" in str(error) or isinstance(error, ConnectionError):
         return f"a data loading process died, perhaps for lack of memory; try fewer --workers ({first_line(error)})"
     if isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error)):
         return f"rank {world()[0]} stops because another rank has ended, whose message says why"

@@ -266,6 +266,7 @@ def test_frontier_files_agree(road: Road, frontier: Path):
     facts = json.loads((frontier / "frontier.json").read_text())
     table_of_widths = MaskTable.load(road.mask_table)
     assert [row.pop("widths") for row in rows] == [table_of_widths.widths(row["op_code"]) for row in rows]
+    assert {row.pop("grade") for row in rows} == {line.pop("grade") for line in table} == {"cut"}
     assert [{key: float(value) for key, value in line.items()} for line in table] == rows
     assert facts["full_widths"] == table_of_widths.widths(0)
     assert facts["images"] == 360 and facts["averaged_weights"] is False
