@@ -19,7 +19,7 @@ DATA_SET=${DATA_SET:-images}
 . "$here/common.sh"
 SIZES=${SIZES:---macs-ratio 0.5}
 FORMAT=${FORMAT:-folder}
-REFIT=${REFIT:-350}
+REFIT=${REFIT:-500}
 TARGET=${TARGET:-}
 FOLDER=${FOLDER:-$OUTPUT/reparamed/$NAME}
 COMPRESSED=${COMPRESSED:-$OUTPUT/compressed/$NAME}

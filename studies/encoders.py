@@ -123,10 +123,10 @@ class Study:
         return maps
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of docs/RESULTS.md: class cosine / patch cosine / IoU."""
+def markdown(results: dict[str, Any]) -> str:
+    """The table of docs/RESULTS.md: cosines of the class token and of the patch tokens, and IoU."""
     lines = ["| MACs | sub-network | class | patch | IoU | seconds |", "|---|---|---|---|---|---|"]
-    for row in sorted(rows, key=lambda row: (-row["macs_share"], -1 if row["steps"] is None else row["steps"])):
+    for row in sorted(results["rows"], key=lambda row: (-row["macs_share"], -1 if row["steps"] is None else row["steps"])):
         steps = row["steps"]
         grade = "compensated" if steps is None else f"refitted, {steps} steps" if steps else "refitted, least squares"
         values = " | ".join(f"{row[key]:.3f}" for key in ("class", "patch", "iou"))
@@ -167,7 +167,7 @@ def main() -> None:
                 shown[f"{size} of the MACs"] = maps
     study.results.log()
     rows = study.results.rows("rows")
-    print(markdown(rows))
+    print(markdown(study.results.content))
     if len(shown) == 3:  # the whole encoder and both sizes, measured in this run
         mean, std = (torch.tensor(study.network.preprocessing[key])[:, None, None] for key in ("mean", "std"))
         photos = study.others[SHOWN] * std + mean

@@ -9,7 +9,7 @@ import pytest
 from programs import ROOT
 
 from benchmarks import backbones, latency
-from studies import alternatives, contraction, regimes, training, truncation
+from studies import alternatives, contraction, encoders, regimes, training, truncation
 
 RESULTS = (ROOT / "docs" / "RESULTS.md").read_text()
 FOLDER = ROOT / "docs" / "results"
@@ -25,6 +25,7 @@ TABLES = {
     "latency_swin_tiny.json": latency.markdown,
     "latency_swin_tiny_steps.json": latency.markdown,
     "training.json": training.markdown,
+    "encoders_saliency_encoder.json": encoders.markdown,
 }
 
 
