@@ -126,7 +126,8 @@ class Study:
 def markdown(results: dict[str, Any]) -> str:
     """The table of docs/RESULTS.md: cosines of the class token and of the patch tokens, and IoU."""
     lines = ["| MACs | sub-network | class | patch | IoU | seconds |", "|---|---|---|---|---|---|"]
-    for row in sorted(results["rows"], key=lambda row: (-row["macs_share"], -1 if row["steps"] is None else row["steps"])):
+    kinds = [None, *sorted({row["steps"] for row in results["rows"]} - {None})]
+    for row in sorted(results["rows"], key=lambda row: (-row["macs_share"], kinds.index(row["steps"]))):
         steps = row["steps"]
         grade = "compensated" if steps is None else f"refitted, {steps} steps" if steps else "refitted, least squares"
         values = " | ".join(f"{row[key]:.3f}" for key in ("class", "patch", "iou"))

@@ -313,7 +313,8 @@ def test_a_folder_gives_back_the_same_model(family, data, tmp_path):
 def test_an_exported_graph_takes_any_number_of_images(family, data):
     model = made(family).float()
     small = extract(model, some_widths(model)).eval()
-    graph = Size(SimpleNamespace(preprocessing={"input_size": (3, 32, 32)}, target="logits"), small, small, {}).program().module()
+    network = SimpleNamespace(preprocessing={"input_size": (3, 32, 32)}, target="logits")
+    graph = Size(network, small, small, {}).program().module()
     for count in (1, 3):
         images = data[0][:count].float()
         assert relative(graph(images), small(images)) < 1e-5
