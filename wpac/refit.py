@@ -1,4 +1,4 @@
-"""Refitting: fits the linear layers of a sub-network to the whole network, one after another, on unlabelled images.
+"""Refitting: fits the layers or blocks of a sub-network to the whole network, one after another, without labels.
 
 B images, N tokens, D embedding, n inputs of the last layer of a branch. A Swin arranges its N tokens as (H, W).
 """
