@@ -6,7 +6,7 @@ Contracts the encoder by --method best on the first --fit photos of --photos, so
 every grade on the same photos. Measures on the --report photos after them: cosine of the class token and of the patch
 tokens with those of the whole encoder, and with a saliency head on the patch tokens, which is not trained, the IoU of
 the maps (at 0.5, all pixels together). Writes docs/results/encoders_NAME.json after each measurement and skips
-measurements that are already there; draws the maps of four photos.
+measurements that are already there; draws the maps of four photos, as the last of --steps gives them.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def main() -> None:
     for steps in (None, *args.steps):
         for size in args.sizes:
             maps = study.measure(size, study.widths(size), steps)
-            if steps and size in ("0.5", "0.25") and maps is not None:
+            if steps == args.steps[-1] and size in ("0.5", "0.25") and maps is not None:
                 shown[f"{size} of the MACs"] = maps
     study.results.log()
     rows = study.results.rows("rows")
