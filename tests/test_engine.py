@@ -305,12 +305,12 @@ def test_bfloat16_on_the_cpu():
 
 
 def test_progress_goes_round():
-    progress = Progress(epoch=3, step=2, best_epoch=1, best_top1=71.5)
+    progress = Progress(epoch=3, step=2, best_epoch=1, best_score=71.5)
     progress.losses.update(1.5, 4)
     progress.losses.update(0.25, 2)
     state = json.loads(json.dumps(progress.state_dict()))  # plain values alone
     found = Progress.from_state(state)
-    assert (found.epoch, found.step, found.best_epoch, found.best_top1) == (3, 2, 1, 71.5)
+    assert (found.epoch, found.step, found.best_epoch, found.best_score) == (3, 2, 1, 71.5)
     assert (found.losses.sum, found.losses.count) == (6.5, 6)
     found.losses.update(2.0, 2)
     assert found.losses.avg == pytest.approx((4 * 1.5 + 2 * 0.25 + 2 * 2.0) / 8)
@@ -435,11 +435,11 @@ def test_the_last_two_the_best_and_each_nth_checkpoint_are_kept(
     run = make_run(tmp_path, top1, epochs=6, keep_every=keep_every)
     run.fit(6)
     assert kept(tmp_path) == expected
-    assert run.progress.best_top1 == max(top1) and run.progress.best_epoch == top1.index(max(top1))
+    assert run.progress.best_score == max(top1) and run.progress.best_epoch == top1.index(max(top1))
     for epoch in expected:
         state = load_checkpoint(tmp_path / f"checkpoint_{epoch}.pth")
         assert (state["epoch"], state["step"]) == (epoch + 1, 0)
-        assert state["best_top1"] == max(top1[: epoch + 1])
+        assert state["best_score"] == max(top1[: epoch + 1])
         assert state["settings"] == {"lr": 0.2}
     assert not list(tmp_path.glob(".*"))
 
