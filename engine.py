@@ -111,7 +111,8 @@ class Run:
             line["skipped_steps"] = self.training.skipped_steps
         line |= self.regime.epoch_scalars() if self.regime else {}
         last_step = (epoch + 1) * steps - 1
-        if (epoch + 1) % self.eval_every == 0 or last:
+        evaluated = (epoch + 1) % self.eval_every == 0 or last
+        if evaluated:
             line |= self.evaluate_epoch()
             sizes = len(self.regime.table) if self.regime else 1
             # Accuracies of other sizes cannot be compared: while the mask table grows, the newest epoch is the best.
@@ -120,7 +121,7 @@ class Run:
                 progress.best_epoch, progress.best_score, progress.best_sizes = epoch, score, sizes
             if self.draw_widths:
                 self.log.figure("widths", self.draw_widths, last_step)
-        self.log.epoch(line, last_step)
+        self.log.epoch(line, last_step, shown=evaluated)
         self.log.machine(images_per_second, peak_memory(self.training.device), last_step)
         self._save(done=True)
 

@@ -145,12 +145,10 @@ def open_start(args: argparse.Namespace, num_classes: int | None) -> Network:
     if args.stage != "pretrain" and args.checkpoint is None:
         needed = "contracted weights, as reparam.py writes them" if args.stage == "piad" else "a super-network"
         raise UserError(f"--checkpoint is missing: {args.stage} starts from {needed}")
-    keeps_table = args.stage == "piad" and args.progressive_epochs == 0
-    if keeps_table:
-        args.compensate = False  # it belongs to the weights before training
-    return open_network(
-        args, num_classes, plain_weights=args.stage != "finetune" and not keeps_table, drop_path=args.drop_path
-    )
+    if args.stage == "piad" and args.progressive_epochs == 0:
+        # With its mask table, but without compensation, which belongs to the weights before training.
+        return open_network(argparse.Namespace(**vars(args) | {"compensate": False}), drop_path=args.drop_path)
+    return open_network(args, num_classes, plain_weights=args.stage != "finetune", drop_path=args.drop_path)
 
 
 def trained_network(args: argparse.Namespace, whole: Network, num_classes: int | None) -> Network:
@@ -193,7 +191,7 @@ def start_piad(
             )
     return REGIMES[args.regime](
         model,
-        proxy_batches(args, images, whole.preprocessing),
+        proxy_batches(args, images, whole.preprocessing) if args.progressive_epochs else [],
         ratio=args.dropout_ratio,
         epochs=args.progressive_epochs,
         seed=args.seed,
@@ -253,18 +251,12 @@ def finish_finetune(args: argparse.Namespace, network: Network, training: Traini
     small, kind, found = network.model, "raw", measure(network.model)
     if training.ema is not None:
         averaged = measure(training.ema.module)
-        say(f"{shown_score(found)} of the raw weights, of the averaged weights {shown_score(averaged)}")
+        say(f"{shown_score(found, ' of the raw weights')}, {shown_score(averaged, ' of the averaged weights')}")
         if score_of(averaged) > score_of(found):
             small, kind, found, network.averaged = training.ema.module, "averaged", averaged, True
     if not is_main_process():
         return
-    how = (
-        "fine-tuned"
-        if training.distillation is None
-        else "fine-tuned and distilled"
-        if training.labels
-        else "distilled"
-    )
+    how = "distilled" if not training.labels else "fine-tuned and distilled" if training.distillation else "fine-tuned"
     facts = {"grade": f"{network.grade}, then {how}", "data_set": args.data_set}
     facts["accuracy" if training.labels else "fidelity"] = found
     saved = network.save(args.output_dir, small, **facts)
@@ -275,10 +267,10 @@ def finish_finetune(args: argparse.Namespace, network: Network, training: Traini
     )
 
 
-def shown_score(found: dict[str, float]) -> str:
+def shown_score(found: dict[str, float], of: str = "") -> str:
     """The first measure of an evaluation in words."""
     key, measure = next(iter(measures_of(found).items()))
-    return f"{measure.name} {measure.with_unit(found[key])}"
+    return f"{measure.name}{of} {measure.with_unit(found[key])}"
 
 
 if __name__ == "__main__":

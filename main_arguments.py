@@ -112,8 +112,8 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--teacher-model",
         metavar="NAME",
-        help="self: the network as it was at the start (of finetune: the whole network); or timm's name of the model of "
-        "--teacher-path, without that of timm's pretrained weights",
+        help="self: the network as it was at the start (of finetune: the whole network); else timm's name of the model "
+        "of --teacher-path or, without that, of timm's pretrained weights",
     )
     group.add_argument("--teacher-path", type=Path, metavar="PATH", help="weights of the teacher, as of --checkpoint")
     group.add_argument(

@@ -48,7 +48,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"{flag} {teacher} is given without --distillation-type: give soft or hard, or leave it out")
     if args.distillation_type != "none" and not teacher:
         raise UserError(
-            f"--distillation-type {args.distillation_type} needs a teacher: give --teacher-model self, or --teacher-path"
+            f"--distillation-type {args.distillation_type} needs a teacher: give --teacher-model self or --teacher-path"
         )
     if args.teacher_model == "self" and args.teacher_path:
         raise UserError(f"--teacher-model self is the network itself: leave --teacher-path {args.teacher_path} out")
@@ -60,9 +60,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--progressive-epochs 0 is for --regime piad, not {args.regime}: give 1 or more")
     if args.progressive_epochs > 0 and not uses_labels(args):
         raise UserError(
-            f"--progressive-epochs {args.progressive_epochs} grows the mask table by the cross-entropy of labels, which "
-            "--distillation-alpha 1 does not use: give 0, and weights with a mask table (reparam.py --method best "
-            "--mask-table)"
+            f"--progressive-epochs {args.progressive_epochs} grows the mask table by the cross-entropy of labels, "
+            "which --distillation-alpha 1 does not use: give 0, and weights with a mask table (reparam.py --method "
+            "best --mask-table)"
         )
 
 
@@ -94,8 +94,8 @@ def open_teacher(args: argparse.Namespace, whole: Network) -> Backbone | None:
     for key in ("mean", "std"):
         if teacher.preprocessing[key] != whole.preprocessing[key]:
             raise UserError(
-                f"the teacher expects pixels of {key} {teacher.preprocessing[key]}, the model {whole.preprocessing[key]}, "
-                "but both see the same image: give another teacher"
+                f"the teacher expects pixels of {key} {teacher.preprocessing[key]}, the model of "
+                f"{whole.preprocessing[key]}, but both see the same image: give another teacher"
             )
     return teacher.model
 

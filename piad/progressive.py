@@ -35,8 +35,8 @@ class ProgressiveDropout:
         seed: Seed of the draws.
         table: Table to go on with, None to start with the whole network.
         sampling: "uniform" draws op codes uniformly, "log-macs" uniformly in the logarithm of their MACs.
-        per_rank: Each rank draws its own op code. Otherwise all ranks train the same sub-network at a step, so that none
-            waits for a larger one.
+        per_rank: Each rank draws its own op code. Otherwise all ranks train the same sub-network at a step, so that
+            none waits for a larger one.
 
     Raises:
         UserError: If a module cannot be divided into units, or the table does not fit the model.
