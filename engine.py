@@ -35,6 +35,7 @@ from utils import (
     seed_everything,
     stop_if_asked,
     stop_signals,
+    tf32,
     world,
 )
 
@@ -92,17 +93,18 @@ class Run:
         if self.regime and progress.step == 0:
             self.regime.begin_epoch(epoch)
         start, done_before = time.perf_counter(), progress.losses.count
-        train_one_epoch(
-            self.training,
-            self.loader.batches(epoch, progress.step),
-            epoch,
-            steps=steps,
-            losses=progress.losses,
-            start_step=progress.step,
-            regime=self.regime,
-            after_loss=self._log_step,
-            after_step=self._after_step,
-        )
+        with tf32():
+            train_one_epoch(
+                self.training,
+                self.loader.batches(epoch, progress.step),
+                epoch,
+                steps=steps,
+                losses=progress.losses,
+                start_step=progress.step,
+                regime=self.regime,
+                after_loss=self._log_step,
+                after_step=self._after_step,
+            )
         images_per_second = world()[1] * (progress.losses.count - done_before) / (time.perf_counter() - start)
         check_agreement(self.training, self.regime)
         line = {"epoch": epoch, "lr": self.training.optimizer.param_groups[0]["lr"]}

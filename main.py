@@ -69,6 +69,9 @@ NOT_SETTINGS = {
 def main() -> None:
     args = parse_main_arguments()
     device = init_processes(args)
+    if args.amp is None and device.type == "cuda" and not args.eval:
+        args.amp = torch.bfloat16
+    args.amp = None if args.amp == torch.float32 else args.amp
     seed_everything(args.seed)
     check_output_dir(args.output_dir)
     if args.eval:

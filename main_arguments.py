@@ -13,6 +13,7 @@ from arguments import (
     add_mask_table,
     add_refit,
     add_size_arguments,
+    any_precision,
     count,
     data_overrides,
     decimal,
@@ -190,7 +191,7 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BACKEND",
         help="compile the model (of pretrain and finetune) and the teacher with torch.compile",
     )
-    add_amp(group)
+    add_amp(group, any_precision, "bfloat16 for training on CUDA, else none, which is float32")
 
 
 def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:

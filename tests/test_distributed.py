@@ -36,7 +36,7 @@ PRETRAIN = ["--stage", "pretrain", *COMMON, *TRAIN, "--epochs", "2", "--warmup-e
             "--mixup", "0", "--cutmix", "0", "--ema-decay", "0.9", "--opt", "sgd", "--workers", "0"]  # fmt: skip
 # The list is whole after the first epoch, and reaches so far that branches are bypassed.
 TOGETHER = [*PIAD, "--epochs", "2", "--progressive-epochs", "1", "--dropout-ratio", "0.93", "--batch-size", "128",
-            "--ema-decay", "0.9", "--eval-every", "1"]  # fmt: skip
+            "--ema-decay", "0.9", "--eval-every", "1", "--op-code-per-rank"]  # fmt: skip
 
 
 @dataclass(frozen=True)

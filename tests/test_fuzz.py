@@ -385,9 +385,7 @@ def new_training() -> Training:
 
 def train_a_step(training: Training, piad: ProgressiveDropout, progress: Progress) -> None:
     epoch, step = progress.epoch, progress.step
-    train_one_epoch(
-        training, [IMAGES], epoch, steps=step + 1, start_step=step, losses=progress.losses, choose=piad.choose
-    )
+    train_one_epoch(training, [IMAGES], epoch, steps=step + 1, start_step=step, losses=progress.losses, regime=piad)
     progress.step += 1
 
 
