@@ -291,15 +291,17 @@ def add_refit(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_amp(group: argparse._ArgumentGroup) -> None:
-    """--amp, as a torch.dtype."""
+def add_amp(
+    group: argparse._ArgumentGroup, kind: Callable[[str], torch.dtype] | None = None, default: str = "float32"
+) -> None:
+    """--amp, as a torch.dtype; None where it is not given. default: what that means, in words."""
     group.add_argument(
         "--amp",
-        type=half_precision,
+        type=kind or half_precision,
         nargs="?",
         const=torch.bfloat16,
         metavar="DTYPE",
-        help="mixed precision: bfloat16 or float16; --amp alone is bfloat16 (default: float32)",
+        help=f"mixed precision: bfloat16 or float16; --amp alone is bfloat16 (default: {default})",
     )
 
 
@@ -308,6 +310,11 @@ def half_precision(text: str) -> torch.dtype:
     if text not in ("bfloat16", "float16"):
         raise argparse.ArgumentTypeError(f"{text!r} is not bfloat16 or float16")
     return getattr(torch, text)
+
+
+def any_precision(text: str) -> torch.dtype:
+    """An argparse type: half_precision(), or none, which is float32."""
+    return torch.float32 if text == "none" else half_precision(text)
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:

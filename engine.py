@@ -6,13 +6,15 @@ import json
 import math
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import AverageMeter, accuracy, dispatch_clip_grad, unwrap_model
+from timm.utils import AverageMeter, accuracy, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,6 +35,7 @@ from utils import (
     seed_everything,
     stop_if_asked,
     stop_signals,
+    tf32,
     world,
 )
 
@@ -40,12 +43,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# What tells the best epoch, the first of these that an evaluation finds: 1 where more is better, -1 where less is.
+SCORES = {"top1": 1, "kl": -1, "token_cosine": 1, "feature_cosine": 1}
+STOP_EVERY = 20  # steps after which several ranks agree on stopping
+
+
 @dataclass
 class Run:
     """A training run: its epochs from `progress` on. Each epoch grows the mask table, trains, evaluates, logs, saves.
 
-    evaluate_epoch() returns values for the log line of the epoch; the better of its "top1" and, where weights are
-    averaged, "ema_top1" decides which epoch is the best.
+    evaluate_epoch() returns values for the log line of the epoch; the better of the score of the weights (see SCORES)
+    and, where weights are averaged, of the same under the name ema_... decides which epoch is the best.
     regime: how the sub-network of each step is chosen; None trains the model as it is.
     checkpoint_steps: also save every so many steps, 0 = only at the end of an epoch.
     draw_widths() returns a picture for TensorBoard after each evaluation.
@@ -85,16 +93,18 @@ class Run:
         if self.regime and progress.step == 0:
             self.regime.begin_epoch(epoch)
         start, done_before = time.perf_counter(), progress.losses.count
-        train_one_epoch(
-            self.training,
-            self.loader.batches(epoch, progress.step),
-            epoch,
-            steps=steps,
-            losses=progress.losses,
-            start_step=progress.step,
-            choose=self.regime.choose if self.regime else None,
-            after_step=self._after_step,
-        )
+        with tf32():
+            train_one_epoch(
+                self.training,
+                self.loader.batches(epoch, progress.step),
+                epoch,
+                steps=steps,
+                losses=progress.losses,
+                start_step=progress.step,
+                regime=self.regime,
+                after_loss=self._log_step,
+                after_step=self._after_step,
+            )
         images_per_second = world()[1] * (progress.losses.count - done_before) / (time.perf_counter() - start)
         check_agreement(self.training, self.regime)
         line = {"epoch": epoch, "lr": self.training.optimizer.param_groups[0]["lr"]}
@@ -103,27 +113,35 @@ class Run:
             line["skipped_steps"] = self.training.skipped_steps
         line |= self.regime.epoch_scalars() if self.regime else {}
         last_step = (epoch + 1) * steps - 1
-        if (epoch + 1) % self.eval_every == 0 or last:
+        evaluated = (epoch + 1) % self.eval_every == 0 or last
+        if evaluated:
             line |= self.evaluate_epoch()
             sizes = len(self.regime.table) if self.regime else 1
             # Accuracies of other sizes cannot be compared: while the mask table grows, the newest epoch is the best.
-            top1 = max(line["top1"], line.get("ema_top1", 0.0))
-            if sizes != progress.best_sizes or top1 > progress.best_top1:
-                progress.best_epoch, progress.best_top1, progress.best_sizes = epoch, top1, sizes
+            score = max(score_of(line), score_of(line, "ema_"))
+            if sizes != progress.best_sizes or score > progress.best_score:
+                progress.best_epoch, progress.best_score, progress.best_sizes = epoch, score, sizes
             if self.draw_widths:
                 self.log.figure("widths", self.draw_widths, last_step)
-        self.log.epoch(line, last_step)
+        self.log.epoch(line, last_step, shown=evaluated)
         self.log.machine(images_per_second, peak_memory(self.training.device), last_step)
         self._save(done=True)
 
-    def _after_step(self, step: int, scalars: dict[str, float]) -> None:
+    def _log_step(self, step: int, scalars: dict[str, float]) -> None:
+        self.log.scalars(scalars, self.progress.epoch * self.loader.steps + step)
+
+    def _after_step(self, step: int, read_losses: Callable[[], None]) -> None:
         progress, steps = self.progress, self.loader.steps
-        scalars = scalars | (self.regime.step_scalars() if self.regime else {})
-        self.log.scalars(scalars, progress.epoch * steps + step)
         progress.step = step + 1
         if self.checkpoint_steps and progress.step % self.checkpoint_steps == 0 and progress.step < steps:
+            read_losses()  # a loss that is not finite ends the run before its weights are saved
             self._save()
-        stop_if_asked(collective=True)
+        if world()[1] == 1 or progress.step % STOP_EVERY == 0 or progress.step == steps:
+            try:
+                stop_if_asked(collective=True)
+            except Preempted:
+                read_losses()
+                raise
 
     def _save(self, done: bool = False) -> None:
         """Writes checkpoint_<epoch>.pth, in the middle of the epoch or, `done`, at its end."""
@@ -142,10 +160,18 @@ def check_agreement(training: Training, regime: ProgressiveDropout | None) -> No
     """Raises UserError, naming a rank, unless all ranks hold the same weights and mask table."""
     if world()[1] == 1:
         return
-    check_ranks_agree("the weights", checksum(unwrap_model(training.model).parameters()))
+    check_ranks_agree("the weights", checksum(training.model.parameters()))
     if regime:
         table = json.dumps(regime.state_dict(), sort_keys=True)
         check_ranks_agree("the mask tables", zlib.crc32(table.encode()))
+
+
+def score_of(line: dict[str, float], prefix: str = "") -> float:
+    """How good what an evaluation found is, larger is better; -inf where it found nothing of SCORES.
+
+    prefix: of the names in the line.
+    """
+    return next((sign * line[prefix + name] for name, sign in SCORES.items() if prefix + name in line), -math.inf)
 
 
 def train_one_epoch(
@@ -156,47 +182,108 @@ def train_one_epoch(
     steps: int,
     losses: AverageMeter,
     start_step: int = 0,
-    choose: Callable[..., int] | None = None,
-    after_step: Callable[[int, dict[str, float]], None] | None = None,
+    regime: ProgressiveDropout | None = None,
+    after_loss: Callable[[int, dict[str, float]], None] | None = None,
+    after_step: Callable[[int, Callable[[], None]], None] | None = None,
 ) -> None:
     """Trains on the batches (images (B, C, height, width), targets (B,)); this rank's losses are added to `losses`.
 
     steps: number of steps in the whole epoch; start_step: the step of the first batch, where an epoch is resumed.
-    choose(epoch=, step=, rank=) sets the sub-network of the step and returns its op code; None trains the whole model.
-    after_step(step, scalars) is called after each step. Raises UserError where the loss is not finite.
+    regime: chooses the sub-network of each step; None trains the whole model.
+    after_loss(step, scalars) is called with the loss of each step, which on a CUDA device comes some steps late.
+    after_step(step, read_losses) is called after each step; read_losses() reads those that have not come yet.
+    Raises UserError where the loss is not finite.
     """
     rank, _ = world()
     training.model.train()
+    if training.grad_checkpointing:
+        training.model.set_grad_checkpointing(True)
     bar = progress_bar(batches, f"epoch {epoch}", total=steps, initial=start_step)
+    reader = LossReader(training, epoch, losses, after_loss)
     for step, (images, targets) in enumerate(bar, start_step):
         # Seeded by the step, so that Mixup, dropout and drop path draw the same in a resumed run.
         seed_everything(training.seed, epoch, step, rank)
-        op_code = choose(epoch=epoch, step=step, rank=rank) if choose else 0
+        op_code = regime.choose(epoch=epoch, step=step, rank=rank) if regime else 0
+        scalars = {"op_code": op_code} | (regime.step_scalars() if regime else {})
         images = images.to(training.device, non_blocking=True)
-        targets = targets.to(training.device, non_blocking=True)
+        if training.labels:
+            targets = targets.to(training.device, non_blocking=True)
+        else:
+            targets = torch.zeros(len(images), dtype=torch.long, device=training.device)
         if training.mixup is not None:
             images, targets = training.mixup(images, targets)
-        with training.autocast():
-            loss = training.loss_fn(training.model(images), targets)
-        value = loss.item()
-        if not math.isfinite(value):
-            lr = training.optimizer.param_groups[0]["lr"]
-            raise UserError(
-                f"loss is {value} at epoch {epoch}, step {step}, op code {op_code}, learning rate {lr:.3g}: "
-                "training stops, the last checkpoint is kept; try a lower --lr"
-            )
-        _update(training, loss, epoch * steps + step)
-        losses.update(value, len(images))
+        reader.add(step, len(images), scalars, _backward(training, images, targets))
+        _update(training, epoch * steps + step)
         bar.set_postfix(loss=f"{losses.avg:.3f}", op_code=op_code, refresh=False)
         if after_step:
-            after_step(step, {"loss": value, "op_code": op_code})
+            after_step(step, reader.read)
+    reader.read()
+    if training.grad_checkpointing:  # evaluation and PIAD's importance keep their activations
+        training.model.set_grad_checkpointing(False)
 
 
-def _update(training: Training, loss: Tensor, step: int) -> None:
-    """Backward, gradient clipping, optimizer step and moving average; step: counted from the start of the run."""
+class LossReader:
+    """Reads the losses of steps and adds them up, on a CUDA device a few steps late, so that it never waits for us."""
+
+    LATE = 4  # steps
+
+    def __init__(
+        self,
+        training: Training,
+        epoch: int,
+        losses: AverageMeter,
+        after_loss: Callable[[int, dict[str, float]], None] | None,
+    ):
+        self.training, self.epoch, self.losses, self.after_loss = training, epoch, losses, after_loss
+        self.waiting: deque[tuple[int, int, dict[str, float], Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, step: int, images: int, scalars: dict[str, float], loss: Tensor) -> None:
+        """The mean loss of a step over its images, and what else is logged for it."""
+        event = None
+        if loss.is_cuda:
+            loss = loss.to("cpu", non_blocking=True)  # to pinned memory: the copy does not stop the device
+            event = torch.cuda.Event()
+            event.record()
+        self.waiting.append((step, images, scalars, loss, event))
+        self.read(keep=self.LATE if event else 0)
+
+    def read(self, keep: int = 0) -> None:
+        """Reads all losses but the last `keep`. Raises UserError for one that is not finite."""
+        while len(self.waiting) > keep:
+            step, images, scalars, loss, event = self.waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            value = loss.item()
+            if not math.isfinite(value):
+                lr = self.training.optimizer.param_groups[0]["lr"]
+                raise UserError(
+                    f"loss is {value} at epoch {self.epoch}, step {step}, op code {scalars['op_code']}, learning rate "
+                    f"{lr:.3g}: training stops, the last checkpoint is kept; try a lower --lr"
+                )
+            self.losses.update(value, images)
+            if self.after_loss:
+                self.after_loss(step, {"loss": value} | scalars)
+
+
+def _backward(training: Training, images: Tensor, targets: Tensor) -> Tensor:
+    """Gradients of the mean loss over a batch, which goes through the model in parts; returns the loss, detached."""
     training.optimizer.zero_grad()
+    size = -(-len(images) // training.grad_accum_steps)
+    parts = list(zip(images.split(size), targets.split(size), strict=True))
+    total = torch.zeros((), device=images.device)
+    for number, part in enumerate(parts, 1):
+        # Ranks exchange the gradients of the whole batch, with its last part.
+        alone = number < len(parts) and hasattr(training.runner, "no_sync")
+        with training.runner.no_sync() if alone else nullcontext():
+            loss = training.loss(*part) * (len(part[0]) / len(images))
+            (training.scaler.scale(loss) if training.scaler else loss).backward()
+        total = loss.detach() if len(parts) == 1 else total + loss.detach()
+    return total
+
+
+def _update(training: Training, step: int) -> None:
+    """Gradient clipping, optimizer step and moving average; step: counted from the start of the run."""
     scaler, optimizer = training.scaler, training.optimizer
-    (scaler.scale(loss) if scaler else loss).backward()
     if training.clip_grad:
         if scaler:
             scaler.unscale_(optimizer)
@@ -209,7 +296,7 @@ def _update(training: Training, loss: Tensor, step: int) -> None:
     else:
         optimizer.step()
     if training.ema is not None:
-        training.ema.update(unwrap_model(training.model), step)
+        training.ema.update(training.model, step)
 
 
 @torch.inference_mode()

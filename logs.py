@@ -77,9 +77,9 @@ class RunLog(TensorBoard):
             write_text(self.path, "".join(lines[:start_epoch]))
         super().__init__(folder, start_step)
 
-    def epoch(self, values: dict[str, Any], step: int) -> None:
-        """Appends the values of an epoch to log.txt and TensorBoard, and prints them if there was an evaluation."""
-        if "top1" in values:
+    def epoch(self, values: dict[str, Any], step: int, shown: bool = True) -> None:
+        """Appends the values of an epoch to log.txt and TensorBoard, and prints them if they are to be shown."""
+        if shown:
             say(" ".join(f"{key} {value:.5g}" for key, value in values.items()))
         if self.writer is None:
             return

@@ -9,38 +9,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, unwrap_model
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from arguments import open_network
 from datasets import Images, TrainLoader, check_labels, eval_loader, open_splits, proxy_set
-from engine import Run, evaluate
+from engine import Run, score_of
 from files import CheckpointFolder, check_output_dir, only_run_in
 from logs import RunLog
 from main_arguments import parse_main_arguments
+from main_training import (
+    augmentation,
+    check_flags,
+    check_teaching,
+    evaluate_epoch,
+    measure_of,
+    open_teacher,
+    start_training,
+    uses_labels,
+    wrap_runner,
+)
 from models.backbone import Backbone, full_widths
-from models.elastic import make_elastic, set_widths
+from models.elastic import make_elastic
 from models.loading import fit_head
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
 from piad.regimes import REGIMES
 from report.frontier import evaluate_command
+from report.measures import measures_of
 from supernet import Network
 from supernet.amounts import format_amount
 from supernet.budgets import asks_for_size, chosen_op_codes
-from supernet.facts import stamp_of_run
-from supernet.selection import largest_within
-from training import BothHeads, Progress, Training
+from supernet.facts import stamp_of, stamp_of_run
+from training import Progress, Training
 from utils import (
     Interruptible,
     UserError,
-    first_line,
     init_processes,
     is_main_process,
     run_program,
@@ -57,16 +61,17 @@ if TYPE_CHECKING:
 NOT_SETTINGS = {
     *("output_dir", "resume", "checkpoint_steps", "keep_every", "eval_every", "eval", "frontier", "baseline"),
     *("device", "workers", "rank", "local_rank", "world_size", "distributed"),
-    *("data_path", "index", "checkpoint", "mask_table", "knn_images"),
+    *("data_path", "index", "checkpoint", "mask_table", "knn_images", "teacher_path"),
     *("mean", "std", "interpolation", "crop_pct"),
 }
-# Sizes that PIAD is evaluated at besides the whole network and the smallest, once the table reaches them.
-FIXED_SHARES = {"half": 0.5, "quarter": 0.25}
 
 
 def main() -> None:
     args = parse_main_arguments()
     device = init_processes(args)
+    if args.amp is None and device.type == "cuda" and not args.eval:
+        args.amp = torch.bfloat16
+    args.amp = None if args.amp == torch.float32 else args.amp
     seed_everything(args.seed)
     check_output_dir(args.output_dir)
     if args.eval:
@@ -77,29 +82,35 @@ def main() -> None:
 
 def train_command(args: argparse.Namespace, device: torch.device) -> None:
     """Builds what the stage needs and runs its epochs; with --resume it continues from the checkpoint."""
+    check_flags(args)
     train_images, val_images = open_splits(args.data_set, args.data_path, index=args.index, seed=args.seed)
-    check_labels(train_images, args.data_set, f"--stage {args.stage}", "give a data set with a folder per class")
-    whole = open_start(args, train_images.num_classes)
+    labels = uses_labels(args)
+    if labels:
+        mend = "give a data set with a folder per class, or a teacher with --distillation-alpha 1"
+        check_labels(train_images, args.data_set, f"--stage {args.stage}", mend)
+    classes = train_images.num_classes if labels else None
+    whole = open_start(args, classes)
+    teacher = open_teacher(args, whole)
     config = whole.preprocessing
-    loading = {"batch_size": args.batch_size, "workers": args.workers}
-    loader = TrainLoader(train_images, config, augmentation(args), seed=args.seed, repeats=args.repeated_aug, **loading)
-    val = Interruptible(eval_loader(val_images, config, **loading))
-    network = trained_network(args, whole, train_images.num_classes)
-    model = network.model.to(device)
+    images_per_step, workers = args.batch_size * args.grad_accum_steps, args.workers
+    loading = {"batch_size": images_per_step, "workers": workers, "seed": args.seed, "repeats": args.repeated_aug}
+    loader = TrainLoader(train_images, config, augmentation(args), **loading)
+    val = Interruptible(eval_loader(val_images, config, batch_size=args.batch_size, workers=workers))
+    network = trained_network(args, whole, classes)
     settings = settings_of(args, network)
+    if teacher is not None:
+        check_teaching(args, teacher, network)
+        settings["teacher_stamp"] = stamp_of(teacher.parameters())
+    model = network.model.to(device)
     files = CheckpointFolder(args.output_dir, settings, args.keep_every)
     state = files.to_resume(args.resume)
     if args.refit is not False and args.stage == "finetune" and state is None:
         images = (images for images, _ in proxy_batches(args, train_images, config))
         refit(whole.model, model, images, whole.target, args.refit)
-    training = start_training(args, model, train_images.num_classes, device)
-    piad = None
-    if args.stage == "piad":
-        table = MaskTable.from_json(state.get("mask_table")) if state else None
-        proxy = proxy_batches(args, train_images, config)
-        piad = REGIMES[args.regime](
-            model, proxy, ratio=args.dropout_ratio, epochs=args.progressive_epochs, seed=args.seed, table=table
-        )
+    teacher = teacher.to(device) if teacher is not None else None
+    training = start_training(args, model, model.num_classes, device, teacher, network.target)
+    piad = start_piad(args, whole, model, train_images, state) if args.stage == "piad" else None
+    if piad:
         piad.table.meta["stamp"] = settings["stamp"]
     scheduler, _ = create_scheduler_v2(
         training.optimizer,
@@ -113,9 +124,7 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
         training.load_state_dict(state)
         progress = Progress.from_state(state)
         check_processes(len(state["losses"]), progress, loader.steps)
-    if args.distributed:
-        device_ids = [device] if device.type == "cuda" else None
-        training.model = DistributedDataParallel(model, device_ids=device_ids)
+    wrap_runner(args, training)
     with only_run_in(args.output_dir):
         Run(
             training,
@@ -124,7 +133,7 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
             RunLog(args.output_dir, progress.epoch, progress.epoch * loader.steps + progress.step),
             scheduler,
             progress,
-            evaluate_epoch=partial(evaluate_epoch, training, piad, val),
+            evaluate_epoch=partial(evaluate_epoch, training, piad, measure_of(training, val, args.amp)),
             regime=piad,
             eval_every=args.eval_every,
             checkpoint_steps=args.checkpoint_steps,
@@ -134,23 +143,31 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
             finish_finetune(args, network, training, val)
 
 
-def open_start(args: argparse.Namespace, num_classes: int) -> Network:
-    """The network that the stage starts from, on the CPU."""
+def open_start(args: argparse.Namespace, num_classes: int | None) -> Network:
+    """The network that the stage starts from, on the CPU. num_classes: of new weights, None for timm's number."""
     if args.stage != "pretrain" and args.checkpoint is None:
         needed = "contracted weights, as reparam.py writes them" if args.stage == "piad" else "a super-network"
         raise UserError(f"--checkpoint is missing: {args.stage} starts from {needed}")
+    if args.stage == "piad" and args.progressive_epochs == 0:
+        # With its mask table, but without compensation, which belongs to the weights before training.
+        return open_network(argparse.Namespace(**vars(args) | {"compensate": False}), drop_path=args.drop_path)
     return open_network(args, num_classes, plain_weights=args.stage != "finetune", drop_path=args.drop_path)
 
 
-def trained_network(args: argparse.Namespace, whole: Network, num_classes: int) -> Network:
-    """What the stage trains: the network itself, made elastic for piad, or the sub-network that finetune cuts."""
+def trained_network(args: argparse.Namespace, whole: Network, num_classes: int | None) -> Network:
+    """What the stage trains: the network itself, made elastic for piad, or the sub-network that finetune cuts.
+
+    num_classes: of the labels that it learns; None without labels, where its head and its target stay as they are.
+    """
+    target = whole.target if num_classes is None else "logits"
     if args.stage != "finetune":
-        fit_head(whole.model, num_classes, remake=args.stage == "pretrain")
+        if num_classes is not None:
+            fit_head(whole.model, num_classes, remake=args.stage == "pretrain")
         if args.stage == "piad":
             if whole.is_subnetwork:
                 raise UserError(f"{args.checkpoint} is a sub-network: piad starts from contracted weights")
             make_elastic(whole.model)
-        return replace(whole, method="piad" if args.stage == "piad" else None, averaged=False, target="logits")
+        return replace(whole, method="piad" if args.stage == "piad" else None, averaged=False, target=target)
     op_codes = chosen_op_codes(args, whole)
     if len(op_codes) != 1 or not (asks_for_size(args) or whole.is_subnetwork):
         raise UserError(
@@ -158,8 +175,33 @@ def trained_network(args: argparse.Namespace, whole: Network, num_classes: int) 
             "--latency, --throughput, or of several of them"
         )
     small = whole.subnetwork(op_codes[0], grade=whole.grade if args.refit is False else refit_grade(args.refit))
-    fit_head(small.model, num_classes, remake=True)
-    return replace(small, target="logits")
+    if num_classes is not None:
+        fit_head(small.model, num_classes, remake=True)
+    return replace(small, target=target)
+
+
+def start_piad(
+    args: argparse.Namespace, whole: Network, model: Backbone, images: Images, state: dict[str, Any] | None
+) -> ProgressiveDropout:
+    """The regime of stage piad, with the mask table of the run that resumes, or that of the weights where it stays."""
+    table = MaskTable.from_json(state.get("mask_table")) if state else None
+    if table is None and args.progressive_epochs == 0:
+        table = whole.table
+        if len(table) == 1:
+            raise UserError(
+                f"--progressive-epochs 0: the mask table of {args.checkpoint} has the whole network alone: make one "
+                "with reparam.py --method best --mask-table, or let it grow"
+            )
+    return REGIMES[args.regime](
+        model,
+        proxy_batches(args, images, whole.preprocessing) if args.progressive_epochs else [],
+        ratio=args.dropout_ratio,
+        epochs=args.progressive_epochs,
+        seed=args.seed,
+        table=table,
+        sampling=args.op_code_sampling,
+        per_rank=args.op_code_per_rank,
+    )
 
 
 def check_processes(before: int, progress: Progress, steps: int) -> None:
@@ -175,42 +217,6 @@ def check_processes(before: int, progress: Progress, steps: int) -> None:
     say(
         f"resuming with {processes} processes instead of {before}: an epoch has {steps} steps from now on, and the "
         "learning rate is scaled to the images per step"
-    )
-
-
-def start_training(args: argparse.Namespace, model: Backbone, num_classes: int, device: torch.device) -> Training:
-    """Optimizer, loss, Mixup, averaged weights and gradient scaler, as the flags say."""
-    _, processes = world()
-    lr = args.lr * args.batch_size * processes / 512
-    try:
-        optimizer = create_optimizer_v2(model, opt=args.opt, lr=lr, weight_decay=args.weight_decay)
-    except (AssertionError, ValueError) as error:
-        raise UserError(f"--opt {args.opt}: timm cannot make it: {first_line(error)}") from error
-    if getattr(optimizer, "is_second_order", False):
-        raise UserError(f"--opt {args.opt} needs second-order gradients, which this loop does not compute")
-    mixup = None
-    loss_fn: nn.Module = LabelSmoothingCrossEntropy(args.smoothing)
-    if args.mixup > 0 or args.cutmix > 0:
-        if args.batch_size % 2:
-            raise UserError(
-                f"--batch-size {args.batch_size} is odd: Mixup needs pairs; use an even one or --mixup 0 --cutmix 0"
-            )
-        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
-        loss_fn = SoftTargetCrossEntropy()
-    if hasattr(model, "set_distilled_training"):
-        model.set_distilled_training(True)
-        loss_fn = BothHeads(loss_fn)
-    return Training(
-        model,
-        optimizer,
-        loss_fn,
-        device,
-        args.seed,
-        amp=args.amp,
-        scaler=torch.amp.GradScaler(device.type) if args.amp == torch.float16 else None,
-        ema=ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None,
-        mixup=mixup,
-        clip_grad=args.clip_grad,
     )
 
 
@@ -235,48 +241,6 @@ def proxy_batches(args: argparse.Namespace, images: Images, config: dict[str, An
     return Interruptible(eval_loader(proxy, config, batch_size=args.batch_size, workers=args.workers))
 
 
-def augmentation(args: argparse.Namespace) -> dict[str, Any]:
-    """The augmentation flags, under timm.data.create_loader's names."""
-    return {
-        "auto_augment": None if args.aa == "none" else args.aa,
-        "color_jitter": args.color_jitter,
-        "scale": args.scale,
-        "ratio": args.ratio,
-        "hflip": args.hflip,
-        "re_prob": args.reprob,
-        "re_mode": "pixel",
-    }
-
-
-def evaluate_epoch(training: Training, piad: ProgressiveDropout | None, val: DataLoader) -> dict[str, float]:
-    """The accuracy after an epoch, and under names with ema_ that of the averaged weights, where there are any."""
-    evaluate_model = partial(evaluate_piad, piad) if piad else evaluate
-    line = evaluate_model(unwrap_model(training.model), val, training.device, training.amp)
-    if training.ema is not None:
-        averaged = evaluate_model(training.ema.module, val, training.device, training.amp)
-        line |= {f"ema_{key}": value for key, value in averaged.items()}
-    return line
-
-
-def evaluate_piad(
-    piad: ProgressiveDropout, model: Backbone, val: DataLoader, device: torch.device, amp: torch.dtype | None
-) -> dict[str, float]:
-    """The accuracy of a super-network in training: whole, at half and a quarter of its MACs, and of the smallest.
-
-    top1 is the mean of the whole and the smallest.
-    """
-    line: dict[str, float] = {}
-    sizes = {"full": 0, "smallest": -1}
-    for name, share in FIXED_SHARES.items():
-        if piad.macs_share(-1) <= share:  # the table reaches so far by now
-            sizes[name] = largest_within(piad.model, piad.table, {"macs": share * piad.network_macs})
-    for name, op_code in sizes.items():
-        set_widths(model, piad.table.widths(op_code))
-        results = evaluate(model, val, device, amp)
-        line |= {f"{key}_{name}": value for key, value in results.items()}
-    return line | {"top1": (line["top1_full"] + line["top1_smallest"]) / 2}
-
-
 def widths_picture(piad: ProgressiveDropout) -> Figure:
     """The widths of all sizes so far."""
     from report.plots import draw_widths  # here, because matplotlib is slow to import
@@ -285,23 +249,31 @@ def widths_picture(piad: ProgressiveDropout) -> Figure:
 
 
 def finish_finetune(args: argparse.Namespace, network: Network, training: Training, val: DataLoader) -> None:
-    """Writes the trained sub-network as a folder: of the raw and the averaged weights those with the higher top-1."""
-    small, kind = network.model, "raw"
-    accuracy = evaluate(small, val, training.device)
+    """Writes the trained sub-network as a folder: of the raw and the averaged weights those with the higher score."""
+    measure = measure_of(training, val, amp=None)
+    small, kind, found = network.model, "raw", measure(network.model)
     if training.ema is not None:
-        averaged = evaluate(training.ema.module, val, training.device)
-        say(f"top-1 of the raw weights {accuracy['top1']:.2f} %, of the averaged weights {averaged['top1']:.2f} %")
-        if averaged["top1"] > accuracy["top1"]:
-            small, kind, accuracy, network.averaged = training.ema.module, "averaged", averaged, True
+        averaged = measure(training.ema.module)
+        say(f"{shown_score(found, ' of the raw weights')}, {shown_score(averaged, ' of the averaged weights')}")
+        if score_of(averaged) > score_of(found):
+            small, kind, found, network.averaged = training.ema.module, "averaged", averaged, True
     if not is_main_process():
         return
-    facts = {"grade": f"{network.grade}, then fine-tuned", "accuracy": accuracy, "data_set": args.data_set}
+    how = "distilled" if not training.labels else "fine-tuned and distilled" if training.distillation else "fine-tuned"
+    facts = {"grade": f"{network.grade}, then {how}", "data_set": args.data_set}
+    facts["accuracy" if training.labels else "fidelity"] = found
     saved = network.save(args.output_dir, small, **facts)
     say(
         f"written ({kind} weights): {args.output_dir}/model.safetensors, config.json and model.py: "
         f"{format_amount(saved['macs']['linear'])} MACs, {format_amount(saved['params'])} parameters, "
-        f"top-1 {accuracy['top1']:.2f} %"
+        f"{shown_score(found)}"
     )
+
+
+def shown_score(found: dict[str, float], of: str = "") -> str:
+    """The first measure of an evaluation in words."""
+    key, measure = next(iter(measures_of(found).items()))
+    return f"{measure.name}{of} {measure.with_unit(found[key])}"
 
 
 if __name__ == "__main__":

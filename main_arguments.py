@@ -13,13 +13,17 @@ from arguments import (
     add_mask_table,
     add_refit,
     add_size_arguments,
+    any_precision,
     count,
     data_overrides,
     decimal,
+    number,
     positive,
     share,
 )
+from piad.distillation import DISTILLATION_TYPES
 from piad.regimes import REGIMES
+from piad.sampling import SAMPLING
 
 # The paper's recipe, DeiT's where the paper says nothing. DeiT-B trains 150 epochs of PIAD: run_train.sh says so.
 RECIPES = {
@@ -46,6 +50,7 @@ def parse_main_arguments() -> argparse.Namespace:
     add_common_arguments(parser)
     _add_super_network_arguments(parser)
     add_size_arguments(parser)
+    _add_distillation_arguments(parser)
     _add_optimization_arguments(parser)
     _add_augmentation_arguments(parser)
     _add_checkpoint_arguments(parser)
@@ -83,10 +88,56 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--progressive-epochs",
-        type=positive,
+        type=count,
         default=50,
         metavar="N",
-        help="number of epochs over which the dropout list grows, P_e (default: %(default)s)",
+        help="number of epochs over which the dropout list grows, P_e; 0: train the sizes of the mask table that comes "
+        "with the weights, or of --mask-table (default: %(default)s)",
+    )
+    group.add_argument(
+        "--op-code-sampling",
+        choices=SAMPLING,
+        default="uniform",
+        help="how the op code of a step is drawn: uniformly, or uniformly in the logarithm of its MACs, which trains "
+        "small networks more often (default: %(default)s)",
+    )
+    group.add_argument(
+        "--op-code-per-rank",
+        action="store_true",
+        help="each process draws an op code of its own, as in the paper (default: one for all, so that none waits)",
+    )
+
+
+def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("distillation (DeiT's flags)")
+    group.add_argument(
+        "--teacher-model",
+        metavar="NAME",
+        help="self: the network as it was at the start (of finetune: the whole network); else timm's name of the model "
+        "of --teacher-path or, without that, of timm's pretrained weights",
+    )
+    group.add_argument("--teacher-path", type=Path, metavar="PATH", help="weights of the teacher, as of --checkpoint")
+    group.add_argument(
+        "--distillation-type",
+        choices=DISTILLATION_TYPES,
+        default="none",
+        help="what is learned from the teacher: its prediction, or the features and tokens of a model without a head "
+        "(soft), or the class that it predicts (hard) (default: %(default)s)",
+    )
+    group.add_argument(
+        "--distillation-alpha",
+        type=share,
+        default=0.5,
+        metavar="X",
+        help="weight of the teacher, 1 - X is that of the labels; with 1 no label is used, and sizes are evaluated by "
+        "how near they come to the teacher (default: %(default)s)",
+    )
+    group.add_argument(
+        "--distillation-tau",
+        type=number(float, 1e-3),
+        default=1.0,
+        metavar="T",
+        help="temperature of the predictions, of type soft (default: %(default)s)",
     )
 
 
@@ -118,7 +169,29 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="decay of the averaged weights, 0 = none (default: %(default)s)",
     )
-    add_amp(group)
+    group.add_argument(
+        "--grad-accum-steps",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="parts of --batch-size images that make a step: the gradients of N parts are added up (default: "
+        "%(default)s)",
+    )
+    group.add_argument(
+        "--grad-checkpointing",
+        action="store_true",
+        help="compute activations again for the backward pass: less memory, more time",
+    )
+    group.add_argument(
+        "--torchcompile",
+        "--compile",
+        dest="compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="compile the model (of pretrain and finetune) and the teacher with torch.compile",
+    )
+    add_amp(group, any_precision, "bfloat16 for training on CUDA, else none, which is float32")
 
 
 def _add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:

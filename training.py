@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from timm.data import Mixup
-from timm.utils import AverageMeter, ModelEmaV3, unwrap_model
+from timm.utils import AverageMeter, ModelEmaV3
 from torch import Tensor, nn
 
 from files import shown
@@ -30,7 +31,15 @@ class BothHeads(nn.Module):
 
 @dataclass
 class Training:
-    """What a training run holds. model: possibly wrapped in DDP; amp: dtype of autocast, None = off."""
+    """What a training run holds.
+
+    model: the network.  amp: dtype of autocast, None = off.
+    labels: whether the loss needs any; zeros stand for them otherwise.
+    distillation(loss_fn, outputs, images, targets): the loss where there is a teacher, see piad.distillation.
+    runner: what a step calls with images (default: the model), such as the model wrapped in DDP.
+    grad_accum_steps: parts in which the batch of a step goes through the model.
+    grad_checkpointing: compute the activations of the blocks again for the backward pass instead of keeping them.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -42,7 +51,23 @@ class Training:
     ema: ModelEmaV3 | None = None
     mixup: Mixup | None = None
     clip_grad: float | None = None
+    labels: bool = True
+    distillation: Callable[..., Tensor] | None = None
+    runner: nn.Module | None = None
+    grad_accum_steps: int = 1
+    grad_checkpointing: bool = False
     skipped_steps: int = 0  # by the scaler of float16, where gradients overflowed; a few are normal
+
+    def __post_init__(self) -> None:
+        self.runner = self.runner or self.model
+
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The loss of images (B, C, height, width) with targets (B,) or, from Mixup, (B, classes)."""
+        with self.autocast():
+            outputs = self.runner(images)
+            if self.distillation is not None:
+                return self.distillation(self.loss_fn, outputs, images, targets)
+            return self.loss_fn(outputs, targets)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
@@ -50,7 +75,7 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """Weights, averaged weights, optimizer and scaler."""
         state = {
-            "model": unwrap_model(self.model).state_dict(),
+            "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "skipped_steps": self.skipped_steps,
         }
@@ -69,7 +94,7 @@ class Training:
             ]
             if groups[0] != groups[1]:  # torch compares their lengths alone
                 raise ValueError("its optimizer has other parameters")
-            unwrap_model(self.model).load_state_dict(state["model"])
+            self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.skipped_steps = _count("skipped_steps", state)
             if self.ema is not None:
@@ -102,7 +127,7 @@ class Progress:
     step: int = 0
     losses: AverageMeter = field(default_factory=AverageMeter)
     best_epoch: int | None = None
-    best_top1: float = -1.0
+    best_score: float = -math.inf  # see engine.SCORES
     best_sizes: int = 0  # how many sizes there were at the best epoch
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,7 +140,7 @@ class Progress:
         """The inverse of state_dict(). Raises UserError for values that no run has."""
         rank, ranks = world()
         with of_another_run():
-            progress = cls(_count("epoch", state), _count("step", state), best_top1=float(state["best_top1"]))
+            progress = cls(_count("epoch", state), _count("step", state), best_score=float(state["best_score"]))
             progress.best_sizes = _count("best_sizes", state)
             progress.best_epoch = None if state["best_epoch"] is None else _count("best_epoch", state)
             losses = torch.tensor(state["losses"], dtype=torch.float64).view(-1, 2).tolist()

@@ -171,10 +171,23 @@ def init_processes(args: argparse.Namespace) -> torch.device:
         args.rank, args.world_size, args.local_rank = *world(), int(os.environ.get("LOCAL_RANK", "0"))
         if kind == "cuda":
             args.device = f"cuda:{args.local_rank}"
+    torch.backends.cudnn.allow_tf32 = False  # PyTorch's default rounds the patch embedding; see tf32()
     device = torch.device(args.device)
     if device.index is not None and kind == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """A context in which CUDA multiplies matrices of float32 in TF32: for training, where rounding does not matter."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def synchronize(device: torch.device) -> None:

@@ -15,13 +15,14 @@ import torch
 from benchmarks.common import Row, describe_machine, make_parser, positive, prepare, report
 from benchmarks.compensation import measure_compensation, measure_sizes
 from benchmarks.inference import measure_extraction, measure_forward, measure_start
-from benchmarks.training import measure_half_step, measure_statistics, measure_step
+from benchmarks.training import measure_half_step, measure_statistics, measure_step, measure_teacher
 from utils import run_program
 
 PARTS: dict[str, Callable[[argparse.Namespace, torch.device], list[Row]]] = {
     "statistics": measure_statistics,
     "step": measure_step,
     "half-step": measure_half_step,
+    "teacher": measure_teacher,
     "forward": measure_forward,
     "extraction": measure_extraction,
     "compensation": measure_compensation,

@@ -26,12 +26,13 @@ from benchmarks.common import (
     timing_numbers,
 )
 from benchmarks.sizes import half_widths
-from models.backbone import modules_of
+from models.backbone import full_widths, modules_of
 from models.elastic import make_elastic, set_widths
 from models.extraction import extract
 from models.macs import count_macs, count_params
 from models.targets import COSTS
 from models.taylor import collect
+from piad.distillation import Distillation, Teacher
 from utils import synchronize
 from wpac.statistics import collect_statistics
 
@@ -118,9 +119,18 @@ class Step:
     """A training step on one batch: set_widths() (of a super-network), forward, loss, backward, AdamW."""
 
     def __init__(
-        self, model: VisionTransformer, batch: tuple[Tensor, Tensor], device: torch.device, widths: dict | None = None
+        self,
+        model: VisionTransformer,
+        batch: tuple[Tensor, Tensor],
+        device: torch.device,
+        widths: dict | None = None,
+        loss_fn: Callable[..., Tensor] | None = None,
     ):
-        """widths: set at each step if `model` is a super-network; None for other models."""
+        """widths: set at each step if `model` is a super-network; None for other models.
+
+        loss_fn(outputs, images, targets): default, the cross-entropy.
+        """
+        self.loss_fn = loss_fn or (lambda outputs, _images, targets: F.cross_entropy(outputs, targets))
         self.model, self.batch, self.device, self.widths = model.train(), batch, device, widths
         self.optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-5, weight_decay=0.05)
         self.phases: dict[str, list[float]] = {}
@@ -130,7 +140,7 @@ class Step:
         if self.widths is not None:
             set_widths(self.model, self.widths)
         mark("set_widths")
-        loss = F.cross_entropy(self.model(images), targets)
+        loss = self.loss_fn(self.model(images), images, targets)
         mark("forward")
         self.optimizer.zero_grad()
         loss.backward()
@@ -166,6 +176,30 @@ def measure_step(args: argparse.Namespace, device: torch.device) -> list[Row]:
     name = f"PIAD step, full width, {args.model}, batch {args.batch_size}"
     step, base = Step(super_network, batch, device, widths), Step(model, batch, device)
     return [_compared_steps(args, device, name, "stock model's step", step, base, goal=1.05)]
+
+
+def measure_teacher(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Time that a teacher adds to a PIAD step at full widths, compared with a forward pass without gradients."""
+    model, super_network = make_model(args, device), make_elastic(make_model(args, device))
+    teacher = Teacher(make_model(args, device), "logits")
+    batch = random_batch(model, args.batch_size, device)
+    distillation = Distillation(teacher, "soft", 0.5, 1.0)
+    step = Step(super_network, batch, device, full_widths(model), lambda *seen: distillation(F.cross_entropy, *seen))
+    base = Step(super_network, batch, device, full_widths(model))
+    forward = partial(torch.inference_mode()(model.eval()), batch[0])
+    work = {"step": step, "base": base, "forward": forward}
+    seconds = time_alternately(work, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)
+    step_ms, base_ms, forward_ms = (milliseconds(seconds[name]) for name in work)
+    return [
+        Row(
+            f"teacher of a PIAD step, {args.model}, batch {args.batch_size}",
+            "forward without gradients",
+            (step_ms - base_ms) / forward_ms,
+            1.1,
+            bound=f"the step takes {step_ms:.1f} ms, without a teacher {base_ms:.1f} ms, a forward {forward_ms:.1f} ms",
+            numbers=timing_numbers(seconds, "base"),
+        )
+    ]
 
 
 def measure_half_step(args: argparse.Namespace, device: torch.device) -> list[Row]:

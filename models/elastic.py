@@ -60,15 +60,16 @@ def _cut_attention(attn: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tens
     """x (B, N, D) -> (B, N, D) at attn.width dims of q, k and v of each head; attn_mask is added to the scores."""
     B, N, _ = x.shape
     H, w = attn.num_heads, attn.width
-    weights = attention_slices(attn, w)
+    weights = attention_slices(attn, w, fold_scale=False)
+    scale = (attn.proj.in_features // H) ** -0.5  # that of the whole head dim
     qkv = F.linear(x, weights["qkv.weight"], weights.get("qkv.bias"))
     q, k, v = qkv.view(B, N, 3, H, w).permute(2, 0, 3, 1, 4)  # each (B, H, N, w)
     if attn.fused_attn:
         x = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attn_mask, dropout_p=attn.attn_drop.p if attn.training else 0.0
+            q, k, v, attn_mask=attn_mask, dropout_p=attn.attn_drop.p if attn.training else 0.0, scale=scale
         )
     else:
-        scores = (q * w**-0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
+        scores = (q * scale) @ k.transpose(-2, -1)  # (B, H, N, N)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask, float("-inf"))
         elif attn_mask is not None:

@@ -15,12 +15,12 @@ from .backbone import value_layer
 from .subnetwork import cuts_v_alone, first_layers, value_layer_name
 
 
-def attention_slices(attn: nn.Module, width: int) -> dict[str, Tensor]:
+def attention_slices(attn: nn.Module, width: int, fold_scale: bool = True) -> dict[str, Tensor]:
     """Weights of a timm attention with `width` dims per head that computes what `attn` computes when cut to them.
 
     Scores are always divided by sqrt(d) of the original head dim d, whereas a timm attention divides by the sqrt of its
-    own head dim. Therefore sqrt(width / d) is folded into the rows of q and the bias of q. If v alone is cut, q and k
-    stay as they are.
+    own head dim. Therefore sqrt(width / d) is folded into the rows of q and the bias of q, unless the caller scales the
+    scores itself. If v alone is cut, q and k stay as they are.
 
     Returns:
         Parameter name, such as "qkv.weight" (3 * H * width, D) -> tensor that autograd connects to `attn`.
@@ -32,12 +32,13 @@ def attention_slices(attn: nn.Module, width: int) -> dict[str, Tensor]:
         if layer.bias is not None:
             slices[f"{name}.bias"] = first_of_v(layer.bias, H, d, width)
         return slices | last_layer_slices("proj", attn, H, width)
-    scale = layer.weight.new_tensor([math.sqrt(width / d), 1.0, 1.0])
-    qkv = layer.weight.view(3, H, d, D)[:, :, :width] * scale.view(3, 1, 1, 1)
-    slices = {"qkv.weight": qkv.reshape(3 * H * width, D)}
+    slices = {"qkv.weight": layer.weight.view(3, H, d, D)[:, :, :width].reshape(3 * H * width, D)}
     if layer.bias is not None:
-        bias = layer.bias.view(3, H, d)[:, :, :width] * scale.view(3, 1, 1)
-        slices["qkv.bias"] = bias.reshape(3 * H * width)
+        slices["qkv.bias"] = layer.bias.view(3, H, d)[:, :, :width].reshape(3 * H * width)
+    if fold_scale:
+        for key, rows in slices.items():
+            q, k_and_v = rows.split([H * width, 2 * H * width])
+            slices[key] = torch.cat([q * math.sqrt(width / d), k_and_v])
     return slices | last_layer_slices("proj", attn, H, width)
 
 

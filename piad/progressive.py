@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from models.backbone import Backbone, full_widths
 from models.elastic import set_widths
@@ -14,7 +17,7 @@ from utils import UserError, is_main_process
 from .dropout_list import grow, units_of
 from .importance import Batches, importance_of_dims
 from .mask_table import MASK_TABLE, MaskTable
-from .sampling import draw_op_code
+from .sampling import draw_by_log_macs, draw_op_code, generator_of
 
 
 class ProgressiveDropout:
@@ -28,19 +31,33 @@ class ProgressiveDropout:
         model: Super-network, see models.elastic.make_elastic().
         proxy: Batches of the proxy set.
         ratio: Share of the network's MACs that has left after the last growing epoch.
-        epochs: Number of growing epochs.
+        epochs: Number of growing epochs; 0 for a table that stays as it is.
         seed: Seed of the draws.
-        table: Table of the run to resume, None to start with the whole network.
+        table: Table to go on with, None to start with the whole network.
+        sampling: "uniform" draws op codes uniformly, "log-macs" uniformly in the logarithm of their MACs.
+        per_rank: Each rank draws its own op code. Otherwise all ranks train the same sub-network at a step, so that
+            none waits for a larger one.
 
     Raises:
         UserError: If a module cannot be divided into units, or the table does not fit the model.
     """
 
     def __init__(
-        self, model: Backbone, proxy: Batches, *, ratio: float, epochs: int, seed: int, table: MaskTable | None
+        self,
+        model: Backbone,
+        proxy: Batches,
+        *,
+        ratio: float,
+        epochs: int,
+        seed: int,
+        table: MaskTable | None,
+        sampling: str = "uniform",
+        per_rank: bool = False,
     ):
         self.model, self.proxy = model, proxy
         self.ratio, self.epochs, self.seed = ratio, epochs, seed
+        self.sampling, self.per_rank = sampling, per_rank
+        self.log_macs: list[float] = []  # of each op code, for the law that needs them
         self.units = units_of(model)
         self.network_macs = count_macs(model)
         self.sampled_share = 1.0  # share of the network's MACs that the sub-network of the current step has
@@ -61,10 +78,20 @@ class ProgressiveDropout:
         self.table = grow(self.table, importance_of_dims(smallest, self.proxy), self.units, target_macs)
 
     def choose(self, *, epoch: int, step: int, rank: int) -> int:
-        """Draws this rank's op code for the step, sets the super-network to its widths and returns it."""
-        op_code = draw_op_code(len(self.table), seed=self.seed, epoch=epoch, step=step, rank=rank)
+        """Draws the op code of the step, sets the super-network to its widths and returns it."""
+        place = {"seed": self.seed, "epoch": epoch, "step": step, "rank": rank if self.per_rank else 0}
+        if self.sampling == "uniform":
+            op_code = draw_op_code(len(self.table), **place)
+        else:
+            new = self.table.rows[len(self.log_macs) :]  # a table only grows
+            self.log_macs += [math.log(count_macs(self.model, row)) for row in new]
+            op_code = draw_by_log_macs(self.log_macs, **place)
         self.run_at(self.table.widths(op_code))
         return op_code
+
+    def generator(self, epoch: int, step: int, rank: int) -> np.random.Generator:
+        """What a regime without op codes draws the sub-network of a step from."""
+        return generator_of(self.seed, epoch, step, rank if self.per_rank else 0)
 
     def run_at(self, widths: dict[str, int]) -> None:
         """Sets the super-network to the widths that the step trains."""

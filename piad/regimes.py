@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +18,13 @@ from .dropout_list import UNITS, grow
 from .importance import Batches, importance_of_dims
 from .mask_table import MaskTable
 from .progressive import ProgressiveDropout
-from .sampling import generator_of
 
 
 class NoDropout(ProgressiveDropout):
     """Trains the whole network at every step. The table is fixed from the start and cuts all modules by one share."""
 
-    def __init__(
-        self, model: Backbone, proxy: Batches, *, ratio: float, epochs: int, seed: int, table: MaskTable | None
-    ):
-        super().__init__(model, proxy, ratio=ratio, epochs=epochs, seed=seed, table=table)
+    def __init__(self, model: Backbone, proxy: Batches, *, ratio: float, table: MaskTable | None, **more: Any):
+        super().__init__(model, proxy, ratio=ratio, table=table, **more)
         modules = sum(self.units.macs(key, width) for key, width in self.table.widths(0).items())
         self.share = min(1.0, ratio * self.network_macs / modules)  # `ratio` as a share of the MACs of the modules
         if table is None:
@@ -81,7 +79,7 @@ class ChannelDropout(NoDropout):
 
     def choose(self, *, epoch: int, step: int, rank: int) -> int:
         """Draws the units that the step keeps."""
-        generator = generator_of(self.seed, epoch, step, rank)
+        generator = self.generator(epoch, step, rank)
         for key, probability in self.probability.items():
             self.masks[key] = torch.from_numpy(generator.random(len(probability))) >= probability
         return super().choose(epoch=epoch, step=step, rank=rank)
@@ -137,7 +135,7 @@ class LayerDrop(NoDropout):
     def choose(self, *, epoch: int, step: int, rank: int) -> int:
         """Draws the modules that the step keeps."""
         full = self.table.widths(0)
-        kept = generator_of(self.seed, epoch, step, rank).random(len(full)) >= self.share / 2
+        kept = self.generator(epoch, step, rank).random(len(full)) >= self.share / 2
         self.run_at({key: int(keep) * full[key] for key, keep in zip(full, kept, strict=True)})
         return 0
 

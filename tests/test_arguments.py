@@ -15,6 +15,7 @@ from timm.loss import SoftTargetCrossEntropy
 
 import export
 import main
+import main_training
 import reparam
 from main_arguments import parse_main_arguments
 
@@ -85,7 +86,7 @@ def test_a_flag_beats_the_recipe_wherever_it_stands(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("batch_size", "processes"), [(512, 1), (64, 1), (128, 8)])
 def test_learning_rate_scales_with_the_global_batch(monkeypatch: pytest.MonkeyPatch, batch_size: int, processes: int):
     args = parsed(monkeypatch, "--batch-size", str(batch_size))
-    monkeypatch.setattr(main, "world", lambda: (0, processes))
+    monkeypatch.setattr(main_training, "world", lambda: (0, processes))
     training = main.start_training(args, tiny_digits_model(), 10, torch.device("cpu"))
     rates = [group["lr"] for group in training.optimizer.param_groups]
     assert rates == pytest.approx([5e-4 * batch_size * processes / 512] * len(rates))

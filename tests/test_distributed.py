@@ -36,7 +36,7 @@ PRETRAIN = ["--stage", "pretrain", *COMMON, *TRAIN, "--epochs", "2", "--warmup-e
             "--mixup", "0", "--cutmix", "0", "--ema-decay", "0.9", "--opt", "sgd", "--workers", "0"]  # fmt: skip
 # The list is whole after the first epoch, and reaches so far that branches are bypassed.
 TOGETHER = [*PIAD, "--epochs", "2", "--progressive-epochs", "1", "--dropout-ratio", "0.93", "--batch-size", "128",
-            "--ema-decay", "0.9", "--eval-every", "1"]  # fmt: skip
+            "--ema-decay", "0.9", "--eval-every", "1", "--op-code-per-rank"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,22 @@ class Pair:
     evaluated: Path
     unlabelled: Path
     photos: Path
+    taught: Path
     printed: str
     pretraining: list[dict[str, Any]]
     piad: list[dict[str, Any]]
+    teaching: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def pair(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
-    outputs = [folder / name for name in ("pretrained", "reparamed", "peelable", "evaluated", "unlabelled", "photos")]
-    outputs[-1].mkdir()
+    outputs = [
+        folder / name for name in ("pretrained", "reparamed", "peelable", "evaluated", "unlabelled", "photos", "taught")
+    ]
+    outputs[5].mkdir()
     for index in range(30):  # three are held back: two for one rank, one for the other
-        Digits("train")[index][0].save(outputs[-1] / f"{index}.png")
+        Digits("train")[index][0].save(outputs[5] / f"{index}.png")
     commands = [
         ["main.py", *PRETRAIN, "--batch-size", "64", "--output-dir", str(outputs[0])],
         ["reparam.py", *COMMON, *PROXY, "--batch-size", "10", "--checkpoint",
@@ -70,12 +74,20 @@ def pair(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Pair:
          str(outputs[3])],
         ["main.py", "--eval", *unlabelled(outputs[5]), "--checkpoint", str(road.super_network), "--op-code", "0", "-1",
          "--output-dir", str(outputs[4])],
+        ["main.py", *taught(road), "--batch-size", "64", "--output-dir", str(outputs[6])],
     ]  # fmt: skip
     (folder / "commands.json").write_text(json.dumps(commands))
     done = call("tests/rank_program.py", folder / "commands.json", folder, processes=2)
     assert done.returncode == 0, done.stderr
-    seen = [[torch.load(folder / f"{number}.{rank}.pt") for rank in range(2)] for number in (0, 2)]
+    seen = [[torch.load(folder / f"{number}.{rank}.pt") for rank in range(2)] for number in (0, 2, 5)]
     return Pair(*outputs, done.stdout, *seen)
+
+
+def taught(road: Road) -> list[str]:
+    """Labels and a teacher, in parts, at op codes that all ranks share."""
+    return [*PIAD, "--checkpoint", str(road.peelable), "--progressive-epochs", "0", "--op-code-sampling", "log-macs",
+            "--teacher-model", "self", "--distillation-type", "soft", "--grad-accum-steps", "2", "--epochs", "1",
+            "--mixup", "0", "--cutmix", "0", "--ema-decay", "0", "--opt", "sgd"]  # fmt: skip
 
 
 def unlabelled(photos: Path) -> list[str]:
@@ -198,6 +210,15 @@ def test_the_gradient_is_the_mean_over_ranks(pair: Pair):
             assert (found - expected).abs().max() <= 1e-4 * scale, name
 
 
+def test_two_processes_learn_from_a_teacher_what_one_does(pair: Pair, road: Road, tmp_path: Path):
+    one, other = ([step["op_code"] for step in rank["steps"]] for rank in pair.teaching)
+    run("main.py", *taught(road), "--batch-size", "128", "--output-dir", tmp_path)
+    assert one == other and len(set(one)) > 2
+    assert_same(pair.teaching[1]["model"], pair.teaching[0]["model"])
+    for name, value in load_checkpoint(tmp_path / "checkpoint_0.pth")["model"].items():
+        torch.testing.assert_close(pair.teaching[0]["model"][name], value, rtol=1e-4, atol=1e-6)
+
+
 def assert_measures(row: dict[str, Any], model: VisionTransformer, suffix: str = "") -> None:
     """One process, one batch."""
     batches = eval_loader(open_images("digits", None, "val"), preprocessing(model, {}), batch_size=360, workers=0)
@@ -237,5 +258,5 @@ def test_two_processes_find_the_fidelity_that_one_does(pair: Pair, road: Road, t
 def test_only_the_main_process_speaks(pair: Pair):
     lines = pair.printed.splitlines()
     assert sum("360 images of digits" in line for line in lines) == 1
-    assert sum(line.startswith("epoch 0 ") for line in lines) == 2  # two training programs
+    assert sum(line.startswith("epoch 0 ") for line in lines) == 3  # three training programs
     assert sum(line.startswith("before: top-1 ") for line in lines) == 1

@@ -49,6 +49,16 @@ def toy_training(model: nn.Module | None = None, lr: float = 0.1, **more: Any) -
     return Training(model, torch.optim.AdamW(model.parameters(), lr=lr), **arguments)
 
 
+class Chosen:
+    """A regime of which only the choice matters."""
+
+    def __init__(self, choose: Callable[..., int]):
+        self.choose = choose
+
+    def step_scalars(self) -> dict[str, float]:
+        return {}
+
+
 def train(training: Training, batches: list, epoch: int = 0, start_step: int = 0, **more: Any) -> AverageMeter:
     losses = AverageMeter()
     steps = start_step + len(batches)
@@ -170,8 +180,8 @@ def test_each_step_is_chosen_and_reported():
         chosen.append(place)
         return 40 + place["step"]
 
-    losses = train(toy_training(), toy_batches(3), epoch=7, start_step=2, choose=choose,
-                   after_step=lambda step, scalars: told.append((step, scalars)))  # fmt: skip
+    losses = train(toy_training(), toy_batches(3), epoch=7, start_step=2, regime=Chosen(choose),
+                   after_loss=lambda step, scalars: told.append((step, scalars)))  # fmt: skip
     assert chosen == [{"epoch": 7, "step": step, "rank": 0} for step in (2, 3, 4)]
     assert [(step, scalars["op_code"]) for step, scalars in told] == [(2, 42), (3, 43), (4, 44)]
     assert sum(scalars["loss"] for _, scalars in told) / 3 == pytest.approx(losses.avg)
@@ -181,7 +191,7 @@ def test_the_sub_network_is_chosen_before_the_step_runs():
     order = []
     model = toy()
     model.register_forward_hook(lambda *_: order.append("forward"))
-    train(toy_training(model), toy_batches(2), choose=lambda **_: order.append("choose") or 0)
+    train(toy_training(model), toy_batches(2), regime=Chosen(lambda **_: order.append("choose") or 0))
     assert order == ["choose", "forward"] * 2
 
 
@@ -212,7 +222,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(value: float,
     reference = copy.deepcopy(training)
     reference.loss_fn = nn.CrossEntropyLoss()
     with pytest.raises(UserError) as caught:
-        train(training, toy_batches(), epoch=4, choose=lambda **place: 10 * place["step"])
+        train(training, toy_batches(), epoch=4, regime=Chosen(lambda **place: 10 * place["step"]))
     assert f"loss is {name} at epoch 4, step 2, op code 20, learning rate 0.25" in str(caught.value)
     train(reference, toy_batches()[:2], epoch=4)
     assert_same(training.state_dict(), reference.state_dict())
@@ -305,12 +315,12 @@ def test_bfloat16_on_the_cpu():
 
 
 def test_progress_goes_round():
-    progress = Progress(epoch=3, step=2, best_epoch=1, best_top1=71.5)
+    progress = Progress(epoch=3, step=2, best_epoch=1, best_score=71.5)
     progress.losses.update(1.5, 4)
     progress.losses.update(0.25, 2)
     state = json.loads(json.dumps(progress.state_dict()))  # plain values alone
     found = Progress.from_state(state)
-    assert (found.epoch, found.step, found.best_epoch, found.best_top1) == (3, 2, 1, 71.5)
+    assert (found.epoch, found.step, found.best_epoch, found.best_score) == (3, 2, 1, 71.5)
     assert (found.losses.sum, found.losses.count) == (6.5, 6)
     found.losses.update(2.0, 2)
     assert found.losses.avg == pytest.approx((4 * 1.5 + 2 * 0.25 + 2 * 2.0) / 8)
@@ -435,11 +445,11 @@ def test_the_last_two_the_best_and_each_nth_checkpoint_are_kept(
     run = make_run(tmp_path, top1, epochs=6, keep_every=keep_every)
     run.fit(6)
     assert kept(tmp_path) == expected
-    assert run.progress.best_top1 == max(top1) and run.progress.best_epoch == top1.index(max(top1))
+    assert run.progress.best_score == max(top1) and run.progress.best_epoch == top1.index(max(top1))
     for epoch in expected:
         state = load_checkpoint(tmp_path / f"checkpoint_{epoch}.pth")
         assert (state["epoch"], state["step"]) == (epoch + 1, 0)
-        assert state["best_top1"] == max(top1[: epoch + 1])
+        assert state["best_score"] == max(top1[: epoch + 1])
         assert state["settings"] == {"lr": 0.2}
     assert not list(tmp_path.glob(".*"))
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from main import start_training
+from main_training import start_training
 from models.backbone import blocks_of, create_backbone, first_layers, full_widths, modules_of, value_layer
 from models.elastic import make_elastic, set_widths
 from models.extraction import extract
@@ -369,7 +369,8 @@ def test_both_heads_of_a_distilled_deit_learn():
     images, targets = random_data(4)
     model = make_elastic(draw_parameters(create_backbone("deit_tiny_distilled_patch16_224", **SHAPE).double()))
     args = Namespace(lr=0.1, batch_size=4, opt="sgd", weight_decay=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, amp=None)
-    args.ema_decay, args.clip_grad, args.seed = 0.0, None, 0
+    args.ema_decay, args.clip_grad, args.seed, args.distillation_type = 0.0, None, 0, "none"
+    args.grad_accum_steps, args.grad_checkpointing, args.compile = 1, False, None
     training = start_training(args, model, 7, torch.device("cpu"))
     set_widths(model, some_widths(model))
     model.train()

@@ -385,16 +385,14 @@ def new_training() -> Training:
 
 def train_a_step(training: Training, piad: ProgressiveDropout, progress: Progress) -> None:
     epoch, step = progress.epoch, progress.step
-    train_one_epoch(
-        training, [IMAGES], epoch, steps=step + 1, start_step=step, losses=progress.losses, choose=piad.choose
-    )
+    train_one_epoch(training, [IMAGES], epoch, steps=step + 1, start_step=step, losses=progress.losses, regime=piad)
     progress.step += 1
 
 
 @functools.cache
 def run_state() -> dict[str, Any]:
     """What the checkpoint of a run holds that has done two steps."""
-    training, progress = new_training(), Progress(best_epoch=0, best_top1=12.5)
+    training, progress = new_training(), Progress(best_epoch=0, best_score=12.5)
     piad = ProgressiveDropout(training.model, [IMAGES], **PIAD, table=None)
     piad.begin_epoch(0)
     for _ in range(2):
@@ -508,7 +506,7 @@ SMALLER = {key: {"0": width, "1": width - 1} for key, width in FULL.items()}
         ({"epoch": 2**70}, "epoch is 1180591620717411303424"),
         ({"step": True}, "step is True"),
         ({"best_epoch": 0.5}, "best_epoch is 0.5"),
-        ({"best_top1": None}, "float.. argument must be .* not 'NoneType'"),
+        ({"best_score": None}, "float.. argument must be .* not 'NoneType'"),
         ({"losses": [[1.0, 0.0]]}, "losses of 0.0 images at step 2"),
         ({"losses": {}}, "of another run"),
         ({"skipped_steps": -1}, "skipped_steps is -1"),

@@ -22,7 +22,7 @@ from models.macs import count_macs
 from piad.dropout_list import UNITS, Units, grow, leaving_order, pool_units, unit_sizes, units_of
 from piad.importance import dimension_importance, importance_of_dims, module_sensitivity
 from piad.mask_table import MaskTable
-from piad.sampling import draw_op_code
+from piad.sampling import draw_by_log_macs, draw_op_code
 from utils import UserError
 
 # Round numbers are drawn often, because they make equal densities.
@@ -356,6 +356,14 @@ def test_op_codes_are_drawn_uniformly_with_both_ends(op_codes):
     assert len(counts) == op_codes
     assert counts.min() > 0
     assert op_codes == 1 or stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_op_codes_are_drawn_uniformly_in_the_logarithm_of_their_macs():
+    """Each of evenly spaced logarithms gets its share, the ends half of it."""
+    log_macs = [4.0, 3.0, 2.0, 1.0]
+    drawn = [draw_by_log_macs(log_macs, seed=0, epoch=0, step=step, rank=0) for step in range(1200)]
+    assert stats.chisquare(np.bincount(drawn), [200, 400, 400, 200]).pvalue > 1e-3
+    assert draw_by_log_macs([2.0], seed=0, epoch=0, step=0, rank=0) == 0
 
 
 def test_ranks_draw_independently():

@@ -120,6 +120,9 @@ def test_draws_are_the_same_after_resuming(name: str):
 
     torch.testing.assert_close(outputs(first), outputs(resumed), rtol=0, atol=0)
     if name != "none":
+        assert any(not torch.equal(outputs(first), outputs(first, step=step)) for step in range(3, 8))
+        assert all(torch.equal(outputs(first), outputs(first, rank=rank)) for rank in range(1, 5))
+        first.per_rank = True
         assert any(not torch.equal(outputs(first), outputs(first, rank=rank)) for rank in range(1, 5))
 
 

@@ -105,7 +105,7 @@ def test_averaged_weights_are_evaluated_beside_the_raw_ones(road: Road):
     for name in ("top1", "top1_full", "loss_smallest"):
         assert {name, f"ema_{name}"} <= lines[-1].keys()
     state = load_checkpoint(road.super_network)
-    assert state["best_top1"] == max(lines[1]["top1"], lines[1]["ema_top1"])
+    assert state["best_score"] == max(lines[1]["top1"], lines[1]["ema_top1"])
 
 
 def test_fine_tuning_writes_the_better_weights_and_says_which(

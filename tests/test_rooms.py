@@ -27,8 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "fidelity": {"engine", "models", "utils"},
     "arguments": {"supernet", "models", "datasets", "utils"},
     "main_arguments": {"arguments", "piad"},
+    "main_training": {"engine", "training", "fidelity", "supernet", "piad", "models", "utils"},
 }
-ALLOWED["report"] = {*ALLOWED} - {"training", "logs"}
+ALLOWED["report"] = {*ALLOWED} - {"training", "main_training", "logs"}
 ALLOWED |= {program: {*ALLOWED} for program in ("main", "reparam", "export")}
 ALLOWED["benchmarks"] = {*ALLOWED}
 ALLOWED["studies"] = {*ALLOWED}
