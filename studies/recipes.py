@@ -127,7 +127,7 @@ class Study:
         self.expected = [logits_of(self.teacher, images) for images, _ in self.val]
         path = args.output_dir / f"recipes_{args.name}.json"
         self.results = Results(path, **facts_of(self.start), flags=flags, machine=describe_machine(self.device))
-        self.kept: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}
+        self.kept: dict[int, list[list[tuple[Tensor, ...]]]] = {}
 
     def open(self, compensated: bool) -> Network:
         """The network that training starts from."""
@@ -168,16 +168,21 @@ class Study:
         loading = {"batch_size": self.args.batch_size, "workers": self.args.workers}
         return eval_loader(images, self.start.preprocessing, **loading)
 
-    def epoch(self, seed: int, epoch: int) -> list[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, which are the same for every recipe and are kept in memory for one seed."""
+    def epoch(self, seed: int, epoch: int) -> list[tuple[Tensor, ...]]:
+        """Images, targets and the teacher's tokens of an epoch, the same for every recipe, kept for one seed."""
         if seed not in self.kept:
             loading = {"batch_size": self.args.batch_size, "workers": self.args.workers, "seed": seed}
             self.loader = TrainLoader(self.images, self.start.preprocessing, augmentation(self.settings), **loading)
             self.kept = {seed: []}
         while len(self.kept[seed]) <= epoch:
             batches = self.loader.batches(len(self.kept[seed]))
-            self.kept[seed].append([(x.to(self.device), y.to(self.device)) for x, y in batches])
+            self.kept[seed].append([(x.to(self.device), y.to(self.device), self.tokens(x)) for x, y in batches])
         return self.kept[seed][epoch]
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """The teacher's tokens (B, N, D) after the last norm."""
+        return self.teacher.forward_features(images.to(self.device))
 
     def train(
         self, network: Network, recipe: Recipe, settings: argparse.Namespace, seed: int, steps: range
@@ -211,12 +216,13 @@ class Study:
         return training.ema.module if training.ema is not None else copy.deepcopy(model)
 
     def update(
-        self, training: Training, recipe: Recipe, batch: tuple[Tensor, Tensor], drawn: list[dict[str, int]]
+        self, training: Training, recipe: Recipe, batch: tuple[Tensor, ...], drawn: list[dict[str, int]]
     ) -> None:
         """One step of the optimizer, on the mean loss of the sub-networks of these widths."""
-        images, targets = training.mixup(*batch) if training.mixup is not None else batch
-        with torch.no_grad():
-            expected = self.teacher.forward_features(images)
+        images, targets, expected = batch
+        if training.mixup is not None:
+            images, targets = training.mixup(images, targets)
+            expected = self.tokens(images)
         training.optimizer.zero_grad()
         for widths in drawn:
             set_widths(training.model, widths)
