@@ -204,7 +204,7 @@ class Study:
             if done % per_epoch == 0:
                 scheduler.step(epoch)
                 codes.begin_epoch(epoch)
-            drawn = codes.draw(step, updates)
+            drawn = codes.draw(step)
             if not drawn:  # the MACs of this step have been used already
                 continue
             seed_everything(seed, step)
@@ -292,7 +292,7 @@ class Codes:
         opened = 0 if self.opening == 0 or self.piad else max(0, 1 - (epoch + 1) / self.opening)
         self.open = np.flatnonzero(self.shares >= self.smallest + opened * (1 - self.smallest))
 
-    def draw(self, step: int, updates: int) -> list[dict[str, int]]:
+    def draw(self, step: int) -> list[dict[str, int]]:
         """The widths that the step trains; none where a sandwich has used the MACs of the steps so far."""
         generator, shares = generator_of(self.seed, step, 0, 0), self.shares[self.open]
         code = int(generator.integers(len(shares)))
@@ -310,25 +310,26 @@ class Codes:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """A table for training with labels and one for without: mean top-1 of the averaged weights, with its range."""
-    lines, shares = [], list(results["untrained"][0]["top1"])
-    for labels in (True, False):
-        own = [row for row in results["rows"] if row["labels"] == labels]
-        if not own:
-            continue
-        lines += [f"| {'labels and teacher' if labels else 'teacher alone'} | seeds | "
-                  + " | ".join(f"{share} of the MACs" for share in shares) + " | mean KL, nats |"]  # fmt: skip
+    """Tables with and without labels, by epochs: mean top-1 of the averaged weights, with its range over the seeds."""
+    lines, start = [], results["untrained"][0]
+    shares, order = list(start["top1"]), list(RECIPES)
+    for labels, epochs in sorted({(row["labels"], row["epochs"]) for row in results["rows"]}, reverse=True):
+        own = [row for row in results["rows"] if (row["labels"], row["epochs"]) == (labels, epochs)]
+        head = f"{'labels and teacher' if labels else 'teacher alone'}, {epochs} epochs"
+        lines.append(f"| {head} | seeds | {' | '.join(f'{part} of the MACs' for part in shares)} | mean KL, nats |")
         lines.append("|---" * (len(shares) + 3) + "|")
-        start = results["untrained"][0]
-        cells = [f"{start['top1'][share]:.1f}" for share in shares]
-        lines.append(f"| untrained | | {' | '.join(cells)} | {statistics.mean(start['kl'].values()):.4f} |")
-        for name in dict.fromkeys(row["recipe"] for row in own):
-            same = [row["averaged"] for row in own if row["recipe"] == name]
-            cells = [cell([row["top1"][share] for row in same]) for share in shares]
-            kl = statistics.mean(value for row in same for value in row["kl"].values())
-            lines.append(f"| {name} | {len(same)} | {' | '.join(cells)} | {kl:.4f} |")
+        lines.append(line("untrained", [start], shares, seeds=""))
+        for name in sorted({row["recipe"] for row in own}, key=order.index):
+            lines.append(line(name, [row["averaged"] for row in own if row["recipe"] == name], shares))
         lines.append("")
     return "\n".join(lines).strip()
+
+
+def line(name: str, runs: list[dict[str, Any]], shares: list[str], seeds: str | None = None) -> str:
+    """A line of a table; runs: what measure() returned of each seed."""
+    kl = statistics.mean(value for run in runs for value in run["kl"].values())
+    cells = [cell([run["top1"][part] for run in runs]) for part in shares]
+    return f"| {' | '.join([name, str(len(runs)) if seeds is None else seeds, *cells, f'{kl:.4f}'])} |"
 
 
 def cell(values: list[float]) -> str:
