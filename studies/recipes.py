@@ -105,6 +105,9 @@ RECIPES = {
     "Mixup 0.2": replace(BASE, mixup=0.2),
     "no smoothing": replace(BASE, smoothing=0.0),
     "two passes": replace(BASE, passes=2),
+    "learning rate * 2, Mixup 0.2": replace(BASE, lr=2.0, mixup=0.2),
+    "learning rate * 2, alpha 0.75": replace(BASE, lr=2.0, alpha=0.75),
+    "learning rate * 2, features": replace(BASE, lr=2.0, distance="features"),
 }
 
 
