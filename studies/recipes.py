@@ -224,7 +224,7 @@ class Study:
         """One step of the optimizer, on the mean loss of the sub-networks of these widths."""
         images, targets, expected = batch
         if training.mixup is not None:
-            images, targets = training.mixup(images, targets)
+            images, targets = training.mixup(images.clone(), targets)  # it mixes in place
             expected = self.tokens(images)
         training.optimizer.zero_grad()
         for widths in drawn:
