@@ -9,7 +9,7 @@ import pytest
 from programs import ROOT
 
 from benchmarks import backbones, latency
-from studies import alternatives, contraction, encoders, regimes, training, truncation
+from studies import alternatives, contraction, encoders, recipes, regimes, training, truncation
 
 RESULTS = (ROOT / "docs" / "RESULTS.md").read_text()
 FOLDER = ROOT / "docs" / "results"
@@ -24,6 +24,7 @@ TABLES = {
     "latency_deit_tiny_steps.json": latency.markdown,
     "latency_swin_tiny.json": latency.markdown,
     "latency_swin_tiny_steps.json": latency.markdown,
+    "recipes_digits.json": recipes.markdown,
     "training.json": training.markdown,
     "encoders_saliency_encoder.json": encoders.markdown,
 }

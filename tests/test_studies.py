@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from tiny import PLAIN, SHAPE, batches, random_backbone, random_data, relative
 from torch import nn
 
+import reparam
+import supernet
 from models.backbone import full_widths, modules_of
 from models.elastic import make_elastic
 from models.extraction import extract
@@ -23,7 +25,7 @@ from piad import importance
 from piad.dropout_list import unit_sizes
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
-from studies import alternatives, encoders, regimes
+from studies import alternatives, encoders, recipes, regimes
 from studies.common import Results, run_entry_point, zero_dims
 from studies.criteria import ClassTokenOnly, EqualTokens
 from studies.regimes import CHOICES
@@ -169,3 +171,79 @@ def test_the_study_of_encoders_measures_every_grade(tmp_path: Path, capsys: pyte
     assert all(-1 <= row["class"] <= 1 and 0 <= row["iou"] <= 1 for row in rows)
     assert rows[2]["patch"] > rows[0]["patch"] > rows[1]["patch"]  # less is cut: nearer
     assert "| compensated |" in capsys.readouterr().out and (tmp_path / "encoders_tiny.png").exists()
+
+
+@pytest.fixture(scope="module")
+def contracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny super-network for digits, as reparam.py --method best --mask-table writes it."""
+    folder = tmp_path_factory.mktemp("contracted")
+    shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    model = alternatives.create_backbone(PLAIN, **shape, num_classes=10)
+    save_file(model.state_dict(), folder / "plain.safetensors")
+    run_entry_point(
+        reparam.main, "--method", "best", "--mask-table", "--no-eval", "--dropout-ratio", 0.8, *DIGITS,
+        "--model", PLAIN,
+        "--model-kwargs", *(f"{key}={value}" for key, value in shape.items()), "--crop-pct", 1,
+        "--checkpoint", folder / "plain.safetensors", "--output-dir", folder / "best",
+    )  # fmt: skip
+    return folder / "best"
+
+
+DIGITS = ["--data-set", "digits", "--batch-size", 256, "--workers", 0, "--device", "cpu", "--proxy-samples", 64]
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_recipes_are_trained_once(labels: bool, contracted: Path, tmp_path: Path):
+    names = [
+        "base",
+        "cut",
+        "three sizes per step",
+        "PIAD's table, growing",
+        "two passes",
+        "with the features",
+        "Mixup 0.2",
+    ]
+    words = ["--name", "tiny", *DIGITS, "--checkpoint", contracted, "--epochs", 2, "--draws", 0, "--shares", 0.5, 1.0]
+    words += [
+        "--dropout-ratio",
+        0.8,
+        "--output-dir",
+        tmp_path,
+        "--recipes",
+        *names,
+        *([] if labels else ["--no-labels"]),
+    ]
+    words += ["--", "--aa", "none", "--reprob", 0, "--mixup", 0, "--cutmix", 0, "--repeated-aug", 0, "--ema-decay", 0.5]
+    for _ in range(2):  # the second time everything is there
+        run_entry_point(recipes.main, *words)
+        content = json.loads((tmp_path / "recipes_tiny.json").read_text())
+        assert [row["recipe"] for row in content["rows"]] == names
+    found = {row["recipe"]: row["averaged"]["kl"]["0.5"] for row in content["rows"]}
+    assert len(set(found.values())) == len(names)
+    assert all(row["labels"] == labels for row in content["rows"])
+    assert f"| two passes | 1 | {content['rows'][4]['averaged']['top1']['0.5']:.1f} |" in recipes.markdown(content)
+
+
+def test_log_law_draws_small_networks_as_often_as_large_ones(contracted: Path):
+    network = supernet.load(contracted)
+    drawn = {}
+    for law in ("log", "uniform"):
+        codes = recipes.Codes(network, recipes.Recipe(law=law), None, 1, 0.8, seed=0)
+        codes.begin_epoch(0)
+        macs = [count_macs(network.model, codes.draw(step)[0]) / network.macs() for step in range(400)]
+        drawn[law] = np.log(macs)
+    middle = np.log(codes.shares[-1]) / 2
+    assert (drawn["log"] < middle).mean() == pytest.approx(0.5, abs=0.08)
+    assert codes.shares[-1] == pytest.approx(np.exp(drawn["log"].min()), rel=0.1)
+
+
+def test_a_sandwich_costs_as_much_as_single_networks(contracted: Path):
+    network = supernet.load(contracted)
+    spent = {}
+    for sandwich in (False, True):
+        codes = recipes.Codes(network, recipes.Recipe(sandwich=sandwich), None, 1, 0.8, seed=0)
+        codes.begin_epoch(0)
+        steps = [codes.draw(step) for step in range(300)]
+        spent[sandwich] = sum(count_macs(network.model, widths) for widths in itertools.chain(*steps))
+    assert {len(widths) for widths in steps} == {0, 3}
+    assert spent[True] == pytest.approx(spent[False], rel=0.03)

@@ -132,14 +132,17 @@ class Compensation(nn.Module):
     def forward(self, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Weight (D, n), with its inputs in cut order, and bias (D,) to weight (D, k) and bias (D,).
 
-        Computed in float64 and returned in the dtypes of weight and bias. k = n returns the layer unchanged.
+        Computed in float64, or in training, where that would take too long, in float32 at least; returned in the
+        dtypes of weight and bias. k = n returns the layer unchanged.
         """
         if k == weight.shape[1]:
             return weight, bias
-        W, mean, lower = weight.double(), self.mean.double(), self.lower.double()
+        training = torch.is_grad_enabled() and weight.requires_grad
+        dtype = torch.promote_types(weight.dtype, torch.float32) if training else torch.float64
+        W, mean, lower = weight.to(dtype), self.mean.to(dtype), self.lower.to(dtype)
         update = torch.linalg.solve_triangular(lower[:k, :k], W[:, k:] @ lower[k:, :k], upper=False, left=False)
         kept = W[:, :k] + update
-        return kept.to(weight.dtype), (bias.double() + W @ mean - kept @ mean[:k]).to(bias.dtype)
+        return kept.to(weight.dtype), (bias.to(dtype) + W @ mean - kept @ mean[:k]).to(bias.dtype)
 
 
 def compensate(model: Backbone, moments: dict[str, OutputMoments], damping: float = DAMPING) -> list[str]:
