@@ -41,6 +41,7 @@ from supernet import Network
 from supernet.amounts import format_amount
 from supernet.budgets import asks_for_size, chosen_op_codes
 from supernet.facts import stamp_of, stamp_of_run
+from supernet.saving import save_compensation_of_run
 from training import Progress, Training
 from utils import (
     Interruptible,
@@ -97,6 +98,7 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
     loader = TrainLoader(train_images, config, augmentation(args), **loading)
     val = Interruptible(eval_loader(val_images, config, batch_size=args.batch_size, workers=workers))
     network = trained_network(args, whole, classes)
+    args.compensate = whole.grade == "compensated"
     settings = settings_of(args, network)
     if teacher is not None:
         check_teaching(args, teacher, network)
@@ -126,6 +128,8 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
         check_processes(len(state["losses"]), progress, loader.steps)
     wrap_runner(args, training)
     with only_run_in(args.output_dir):
+        if piad:
+            save_compensation_of_run(model, args.output_dir, settings["stamp"])
         Run(
             training,
             loader,
@@ -148,10 +152,9 @@ def open_start(args: argparse.Namespace, num_classes: int | None) -> Network:
     if args.stage != "pretrain" and args.checkpoint is None:
         needed = "contracted weights, as reparam.py writes them" if args.stage == "piad" else "a super-network"
         raise UserError(f"--checkpoint is missing: {args.stage} starts from {needed}")
-    if args.stage == "piad" and args.progressive_epochs == 0:
-        # With its mask table, but without compensation, which belongs to the weights before training.
-        return open_network(argparse.Namespace(**vars(args) | {"compensate": False}), drop_path=args.drop_path)
-    return open_network(args, num_classes, plain_weights=args.stage != "finetune", drop_path=args.drop_path)
+    keeps_table = args.stage == "piad" and args.progressive_epochs == 0
+    plain_weights = args.stage != "finetune" and not keeps_table
+    return open_network(args, num_classes, plain_weights=plain_weights, drop_path=args.drop_path)
 
 
 def trained_network(args: argparse.Namespace, whole: Network, num_classes: int | None) -> Network:

@@ -54,8 +54,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--teacher-model self is the network itself: leave --teacher-path {args.teacher_path} out")
     if args.stage != "piad":
         return
-    if args.compensate:
-        raise UserError("--compensate: piad trains sub-networks as they are cut, without compensation: leave it out")
+    if args.compensate and args.progressive_epochs > 0:
+        raise UserError(
+            "--compensate: a mask table that grows is for sub-networks as they are cut: give --progressive-epochs 0, "
+            "or leave --compensate out"
+        )
     if args.progressive_epochs == 0 and args.regime != "piad":
         raise UserError(f"--progressive-epochs 0 is for --regime piad, not {args.regime}: give 1 or more")
     if args.progressive_epochs > 0 and not uses_labels(args):
@@ -183,7 +186,8 @@ def wrap_runner(args: argparse.Namespace, training: Training) -> None:
     """Makes what a step calls distributed and compiled, as the flags say."""
     if args.distributed:
         device_ids = [training.device] if training.device.type == "cuda" else None
-        training.runner = DistributedDataParallel(training.runner, device_ids=device_ids)
+        # The only buffers are those of compensation, which stay as they are.
+        training.runner = DistributedDataParallel(training.runner, device_ids=device_ids, broadcast_buffers=False)
     if args.compile and args.stage != "piad":  # piad runs another network at each step
         training.runner = torch.compile(training.runner, backend=args.compile)
 

@@ -13,6 +13,8 @@ import models.subnetwork
 from files import atomic_file, write_text
 from models.backbone import Backbone, full_widths
 from models.macs import count_macs, count_params
+from utils import is_main_process
+from wpac.compensation import COMPENSATION, save_compensation
 
 from .facts import CONFIG, WEIGHTS
 
@@ -50,3 +52,17 @@ def save_weights(path: Path, model: Backbone) -> None:
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic_file(path) as temporary:
         save_file(weights, temporary)
+
+
+def save_compensation_of_run(model: Backbone, folder: Path, stamp: str) -> None:
+    """Writes the compensation that a super-network is trained with, or removes that of an earlier run.
+
+    Training does not change it, so it is written once, before the first step, on the main process.
+    stamp: of the run.
+    """
+    if not is_main_process():
+        return
+    if any(name.endswith(".compensation") for name, _ in model.named_modules()):
+        save_compensation(folder / COMPENSATION, model, stamp)
+    else:
+        (folder / COMPENSATION).unlink(missing_ok=True)

@@ -140,9 +140,10 @@ class Compensation(nn.Module):
         training = torch.is_grad_enabled() and weight.requires_grad
         dtype = torch.promote_types(weight.dtype, torch.float32) if training else torch.float64
         W, mean, lower = weight.to(dtype), self.mean.to(dtype), self.lower.to(dtype)
-        update = torch.linalg.solve_triangular(lower[:k, :k], W[:, k:] @ lower[k:, :k], upper=False, left=False)
-        kept = W[:, :k] + update
-        return kept.to(weight.dtype), (bias.to(dtype) + W @ mean - kept @ mean[:k]).to(bias.dtype)
+        with torch.autocast(weight.device.type, enabled=False):
+            update = torch.linalg.solve_triangular(lower[:k, :k], W[:, k:] @ lower[k:, :k], upper=False, left=False)
+            kept = W[:, :k] + update
+            return kept.to(weight.dtype), (bias.to(dtype) + W @ mean - kept @ mean[:k]).to(bias.dtype)
 
 
 def compensate(model: Backbone, moments: dict[str, OutputMoments], damping: float = DAMPING) -> list[str]:
@@ -212,7 +213,7 @@ def save_compensation(path: Path, model: Backbone, stamp: str) -> int:
     """
     tensors = {"stamp": torch.tensor(int(stamp, 16))}
     for key, module in modules_of(model).items():
-        compensation = _branch_of(model, module).compensation
+        compensation = getattr(_branch_of(model, module), "compensation", None)
         if compensation is not None:
             mean, lower, n = compensation.mean, compensation.lower, len(compensation.mean)
             tensors |= {f"{key}.mean": mean.float(), f"{key}.positions": compensation.positions.float()}
