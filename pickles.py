@@ -64,8 +64,8 @@ def _torchscript(path: Path) -> str:
     code = f"import torch; torch.save(torch.jit.load('{path}', 'cpu').state_dict(), 'weights.pth')"
     return (
         f"checkpoint {path} is a TorchScript archive, a program with its weights, such as OpenAI's CLIP; refused, "
-        f'nothing in it was run; if you trust the file, keep its weights alone: python -c "{code}"; or give --pretrained for '
-        "timm's weights"
+        f'nothing in it was run; if you trust the file, keep its weights alone: python -c "{code}"; or give '
+        "--pretrained for timm's weights"
     )
 
 
