@@ -59,13 +59,28 @@ def refusal(path: Path, reason: str) -> str:
     )
 
 
+def _torchscript(path: Path) -> str:
+    """The message for a model that torch.jit.save() wrote."""
+    code = f"import torch; torch.save(torch.jit.load('{path}', 'cpu').state_dict(), 'weights.pth')"
+    return (
+        f"checkpoint {path} is a TorchScript archive, a program with its weights, such as OpenAI's CLIP; refused, "
+        f'nothing in it was run; if you trust the file, keep its weights alone: python -c "{code}"; or give '
+        "--pretrained for timm's weights"
+    )
+
+
 def check_packing(path: Path) -> None:
-    """Raises UserError for a .pth that is damaged, or that would unpack to far more memory than its own size."""
+    """Raises UserError for a .pth that would unpack to far more memory than its own size.
+
+    And for one that is damaged, or that is a TorchScript archive.
+    """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         # torch allows these two calls, but with them a few bytes can allocate any amount of memory.
         swells, damaged, encoded = content.find(b"\nbytearray\n") >= 0, None, content.find(ENCODE) >= 0
         if content[:4] == b"PK\x03\x04":  # otherwise it is in the format of torch before 1.6
             with zipfile.ZipFile(file) as records:
+                if any(name.endswith("/constants.pkl") for name in records.namelist()):
+                    raise UserError(_torchscript(path))
                 swells |= any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist())
                 damaged = None if swells else records.testzip()  # torch does not check the checksums
                 if encoded and not swells and not damaged:

@@ -239,19 +239,28 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
     On CUDA it is read from the allocator. On the CPU it is the resident memory of the process. An earlier, higher peak
     of the process would hide that of `work` on systems where the peak cannot be reset, so call this in a new process.
     """
-    synchronize(device)
+    held = reset_peak(device)
+    work()
+    return peak_so_far(device) - held
+
+
+def reset_peak(device: torch.device) -> int:
+    """Makes the peak what is in use now, where the system allows it, and returns the peak in bytes."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        work()
         synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - held
-    if CLEAR_REFS.exists():
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR_REFS.exists():
         with contextlib.suppress(OSError):  # some containers forbid it
             CLEAR_REFS.write_text("5")  # Linux: the peak becomes what is resident now
-    held = _resident_peak()
-    work()
-    return _resident_peak() - held
+    return peak_so_far(device)
+
+
+def peak_so_far(device: torch.device) -> int:
+    """Peak memory of this process since reset_peak(), in bytes."""
+    if device.type == "cuda":
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    return _resident_peak()
 
 
 def _resident_peak() -> int:

@@ -6,7 +6,7 @@ Each number of images is measured in a new process, with random weights and imag
 with each image; the line through the first and the last measurement gives those for --scale-to images, and the others
 say how far a measurement lies from that line. Time is in core seconds: with --clock wall, seconds times threads.
 Memory is that beyond both networks and the images; with few images it does not show how it grows, so measure it with
-more of them and --depth 2.
+more of them and --depth 2. --steps measures refitting by gradient descent instead of least squares.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace, model: str, images: int) -> dict[str, floa
     start, seconds = CLOCKS[args.clock](), []
 
     def work() -> None:
-        refit(network, small, batches)
+        refit(network, small, batches, steps=args.steps)
         seconds.append(CLOCKS[args.clock]() - start)
 
     used = peak_bytes(work, device)
@@ -58,19 +58,19 @@ def measure(args: argparse.Namespace, model: str, images: int) -> dict[str, floa
     }
 
 
-def rows_of(model: str, measured: list[dict[str, float]], images: int) -> list[Row]:
+def rows_of(model: str, measured: list[dict[str, float]], images: int, steps: int) -> list[Row]:
     """For seconds and bytes: the value at `images`, and how far the measurements lie from the line."""
     rows = []
     for name, unit, factor in (("seconds", "core s", 1), ("bytes", "GB", 1e-9)):
         (x0, y0), (x1, y1) = [(point["images"], point[name]) for point in (measured[0], measured[-1])]
         slope = (y1 - y0) / (x1 - x0)
         apart = [abs(p[name] / (y0 + slope * (p["images"] - x0)) - 1) for p in measured[1:-1]]
-        goal = GOALS.get(model, {}).get(name) if images == 1024 else None
+        goal = GOALS.get(model, {}).get(name) if images == 1024 and not steps else None
         numbers: dict[str, Any] = {"measured": measured, "per_image": slope, "largest_deviation": max(apart, default=0)}
         value = y0 + slope * (images - x0)
-        rows.append(
-            Row(f"refit, {model}, {images} images", "-", value * factor, goal and goal * factor, unit, numbers=numbers)
-        )
+        how = f", {steps} steps per block" if steps else ""
+        what = f"refit, {model}, {images} images{how}"
+        rows.append(Row(what, "-", value * factor, goal and goal * factor, unit, numbers=numbers))
         if apart:
             rows.append(Row(f"  {name}: distance from the line", "-", 100 * statistics.median(apart), unit="%"))
     return rows
@@ -81,12 +81,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="timm names")
     parser.add_argument("--images", type=positive, nargs="+", default=[32, 64, 128], metavar="N", help="two or more")
     parser.add_argument("--depth", type=positive, metavar="N", help="blocks: the time grows with them, not the memory")
+    parser.add_argument("--steps", type=int, default=0, metavar="N", help="of gradient descent per block")
     parser.add_argument("--scale-to", type=positive, default=1024, metavar="N", help="images of the figures")
     args = parser.parse_args()
     device = torch.device(args.device)
     rows = []
     for model in args.models:
-        rows += rows_of(model, [in_new_process(measure, args, model, images) for images in args.images], args.scale_to)
+        measured = [in_new_process(measure, args, model, images) for images in args.images]
+        rows += rows_of(model, measured, args.scale_to, args.steps)
     report(rows, vars(args), describe_machine(device, args.threads))
 
 

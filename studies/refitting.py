@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from PIL import Image
@@ -34,6 +36,19 @@ from wpac.statistics import collect_statistics
 from wpac.transform import contract
 
 OUTLIER = 100.0
+STREAMS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class RoundedBatch:
+    """A wpac.streams.Batch that rounds both streams to `dtype` whenever they are set, as if they were stored so."""
+
+    def __init__(self, whole: Tensor, cut: Tensor, held_out: bool, dtype: torch.dtype):
+        self.dtype, self.held_out = dtype, held_out
+        self.whole, self.cut = whole, cut
+
+    def __setattr__(self, name: str, value: object) -> None:
+        rounded = isinstance(value, Tensor) and self.dtype != value.dtype
+        super().__setattr__(name, value.to(self.dtype).to(value.dtype) if rounded else value)
 
 
 @torch.no_grad()
@@ -89,6 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--samples", type=positive, default=1024, metavar="N", help="images of --fit")
     group.add_argument("--report-samples", type=positive, default=1000, metavar="N", help="images of --report")
     group.add_argument("--widths", nargs="+", default=["mlp", "0.25"], help="mlp: MLPs halved; or a share of all dims")
+    group.add_argument("--streams", nargs="+", choices=STREAMS, default=["float32"], help="round the streams to this")
     group.add_argument("--outliers", type=positive, metavar="N", help=f"scale N inputs of first layers by {OUTLIER:g}")
     group.add_argument("--stream-outliers", type=positive, metavar="N", help="scale N dims of the embedding likewise")
     group.add_argument("--batch-size", type=positive, default=32, metavar="N")
@@ -124,13 +140,16 @@ def main() -> None:
         share = 0.5 if name == "mlp" else float(name)
         full = full_widths(model)
         widths = {key: width if name == "mlp" and "attn" in key else int(width * share) for key, width in full.items()}
-        small = extract(model, widths)
-        row = {"widths": name, "compensated": scores(whole, outputs(small, others, args.batch_size))}
-        start = time.process_time()
-        result = refit(model, small, batches, target)
-        row |= {"cpu_seconds": round(time.process_time() - start), "held_out": [result.before, result.after]}
-        rows.append(row | {"refitted": scores(whole, outputs(small, others, args.batch_size))})
-        print(json.dumps(rows[-1]), flush=True)
+        for streams in args.streams:
+            small = extract(model, widths)
+            row = {"widths": name, "streams": streams}
+            row |= {"compensated": scores(whole, outputs(small, others, args.batch_size))}
+            start = time.process_time()
+            with patch("wpac.streams.Batch", partial(RoundedBatch, dtype=STREAMS[streams])):
+                result = refit(model, small, batches, target)
+            row |= {"cpu_seconds": round(time.process_time() - start), "held_out": [result.before, result.after]}
+            rows.append(row | {"refitted": scores(whole, outputs(small, others, args.batch_size))})
+            print(json.dumps(rows[-1]), flush=True)
     print(json.dumps({"rows": rows, "machine": describe_machine(torch.device("cpu"), args.threads)}))
 
 

@@ -126,7 +126,11 @@ def contract_network(
     statistics = collect_statistics(model, bar, cost, squared=order == "hessian", outputs=outputs, target=target)
     seconds = time.perf_counter() - start
     spectra = contract_weights(model, statistics, basis, order, damping)
-    without = compensate(model, statistics.outputs, damping) if method == "best" else []
+    errors, without = {}, []
+    if method == "best":
+        errors = dim_errors(model, statistics, damping) if dropout_ratio is not None else {}
+        for key in [*statistics.outputs]:  # the moments of a module leave as its factor comes
+            without += compensate(model, {key: statistics.outputs.pop(key)}, damping)
     difference = ((_output(model, probe, target) - before).abs().max() / before.abs().max()).item()
     if not difference <= LIMIT:  # a NaN is not below the limit
         raise UserError(
@@ -136,9 +140,8 @@ def contract_network(
     network.method, network.averaged = method, network.averaged
     network.stamp = stamp_of(model.parameters())
     network.grade = "compensated" if method == "best" else "cut"
-    if method == "best" and dropout_ratio is not None:
+    if errors:
         whole = MaskTable([full_widths(model)], {"made_by": "contraction, without training", "stamp": network.stamp})
-        errors = dim_errors(model, statistics, damping)
         network.table = grow(whole, errors, units_of(model), dropout_ratio * count_macs(model))
     return Contraction(spectra, difference, without, seconds)
 

@@ -166,6 +166,20 @@ def test_a_module_that_compensation_makes_worse_is_not_compensated():
     assert model.blocks[0].mlp.compensation is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_modules_may_be_compensated_one_after_another(dtype: torch.dtype):
+    model, moments = contracted(dtype=dtype)
+    together = copy.deepcopy(model)
+    for block in model.blocks:
+        block.attn.compensation = block.mlp.compensation = None
+    for key, moment in moments.items():
+        assert compensate(model, {key: moment}) == []
+    for one, other in zip(model.blocks, together.blocks, strict=True):
+        for kind in ("attn", "mlp"):
+            found, expected = getattr(one, kind).compensation, getattr(other, kind).compensation
+            assert torch.equal(found.lower, expected.lower) and found.lower.dtype == dtype
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_in_ranks
 from test_families import EACH, made
 from test_refit import COUNT, compensated, halves, images
 from tiny import random_backbone, random_data, relative, some_widths
@@ -51,6 +53,23 @@ def test_it_does_not_depend_on_the_batches_and_repeats(monkeypatch: pytest.Monke
     other = extract(model, halves(model))
     refit(model, other, images().split(16), steps=20, seed=1)
     assert any(relative(value, found[0][key]) > 1e-4 for key, value in other.state_dict().items())
+
+
+def descended(rank: int) -> tuple[dict[str, torch.Tensor], float, float]:
+    """The weights after gradient descent on every other image, and the errors before it and after it."""
+    model = random_backbone()
+    small = extract(model, some_widths(model))
+    before = error(model, small)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wpac.descent.RATE", 3e-3)
+        refit(model, small, images()[rank::2].split((8, 5)[rank]), steps=40)
+    return {key: value.detach() for key, value in small.state_dict().items()}, before, error(model, small)
+
+
+def test_two_processes_end_with_the_same_weights_and_a_lower_error(tmp_path: Path):
+    (first, before, after), (second, *_) = run_in_ranks(descended, 2, tmp_path)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert after < 0.9 * before
 
 
 def test_where_it_does_not_help_nothing_changes(monkeypatch: pytest.MonkeyPatch):

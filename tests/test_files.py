@@ -256,6 +256,19 @@ def test_the_way_out_keeps_the_weights(tmp_path, monkeypatch):
     assert same(load_checkpoint(tmp_path / "weights.pth"), WEIGHTS)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
+def test_a_torchscript_archive_is_named_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layer = torch.nn.Linear(3, 2)
+    torch.jit.save(torch.jit.trace(layer, torch.zeros(1, 3)), "clip.pt")
+    with pytest.raises(
+        UserError, match=r"clip\.pt is a TorchScript archive, .*refused, nothing in it was run"
+    ) as caught:
+        load_checkpoint(Path("clip.pt"))
+    exec(str(caught.value).split('"')[1])
+    assert torch.equal(load_checkpoint(Path("weights.pth"))["weight"], layer.weight)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("keep", [0, 1, 20, -20], ids=lambda keep: f"{keep} bytes")
 def test_a_truncated_checkpoint_is_named(tmp_path, suffix, keep):

@@ -54,8 +54,9 @@ class OutputMoments:
         At least the rounding error is added; an all-zero covariance becomes the identity.
         """
         mean = self.covariance.diagonal().mean()
-        floor = (damping * mean).clamp(min=self.rounding) if mean > 0 else torch.ones_like(mean)
-        return self.covariance + floor * torch.eye(len(self.mean), dtype=mean.dtype, device=mean.device)
+        damped = self.covariance.clone()
+        damped.diagonal().add_((damping * mean).clamp(min=self.rounding) if mean > 0 else torch.ones_like(mean))
+        return damped
 
     def transformed(self, transform: Tensor) -> OutputMoments:
         """The moments of transform @ x; transform: (n, n)."""
@@ -105,16 +106,18 @@ class OutputCollector:
         self.metric += g.mT @ g
 
     def finalize(self) -> OutputMoments:
-        """The moments over the tokens of all ranks."""
+        """The moments over the tokens of all ranks; to be called once.
+
+        They take the place of the sums: the sums of all modules together are too large to be held twice.
+        """
         reduce_sum(self.second, self.first, self.tokens, self.metric, self.positions)
-        mean = self.first / self.tokens
-        upper = self.second.triu() / self.tokens
-        second = upper + upper.triu(1).mT
+        mean, second = self.first / self.tokens, self.second.triu_().div_(self.tokens)
+        second += second.triu(1).mT
         rounding = ROUNDING_FACTOR * self.epsilon * second.norm().item()
         total = self.positions.mean()
         positions = self.positions / total if total > 0 else torch.ones_like(self.positions)
-        covariance = second - torch.outer(mean, mean)
-        return OutputMoments(mean, covariance, self.metric / self.tokens, positions, rounding)
+        second -= torch.outer(mean, mean)
+        return OutputMoments(mean, second, self.metric.div_(self.tokens), positions, rounding)
 
 
 class Compensation(nn.Module):
@@ -147,16 +150,18 @@ class Compensation(nn.Module):
 
 
 def compensate(model: Backbone, moments: dict[str, OutputMoments], damping: float = DAMPING) -> list[str]:
-    """Attaches a Compensation to each module of the model, in place; later cuts of the module use it.
+    """Attaches a Compensation to modules of the model, in place; later cuts of these modules use it.
 
-    moments: module key -> OutputMoments, in cut order, as contract() leaves them.
+    moments: module key -> OutputMoments, in cut order, as contract() leaves them. To hold less at the same time, call
+    this with one module after another. The factors are on the CPU, in the dtype of the weights or in float32.
     A module keeps none if compensation would be worse than a plain cut on the proxy set; the keys of those modules are
     returned. Raises UserError for a last layer without a bias.
     """
-    refused = []
-    for key, module in modules_of(model).items():
-        moment = moments[key]
-        lower = torch.linalg.cholesky(moment.damped(damping).cpu())
+    refused, modules = [], modules_of(model)
+    for key, moment in moments.items():
+        module = modules[key]
+        dtype = last_layer(blocks_of(model)[module.block], module.kind).weight.dtype
+        lower = torch.linalg.cholesky(moment.damped(damping).cpu()).to(torch.promote_types(dtype, torch.float32))
         compensation = Compensation(moment.mean.cpu(), lower, moment.positions.cpu())
         weight, bias = ordered_layer(model, module)
         n = weight.shape[1]

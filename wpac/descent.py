@@ -49,6 +49,10 @@ def descend(
 ) -> Replaced:
     """Trains a block, and moves both streams past it. Returns the parameters that were replaced.
 
+    With several processes, each step takes IMAGES images of every process and the mean of their gradients: all of them
+    end with the same weights, bit for bit. These are not those of one process with all the images, which takes other
+    images in other steps; what holds for both is that the error of the block falls.
+
     Args:
         block: The block of the cut network.
         whole_parts, cut_parts: The parts that the block of the whole network and of the cut one consists of.
