@@ -106,9 +106,9 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
     model = network.model.to(device)
     files = CheckpointFolder(args.output_dir, settings, args.keep_every)
     state = files.to_resume(args.resume)
-    if args.refit is not False and args.stage == "finetune" and state is None:
-        images = (images for images, _ in proxy_batches(args, train_images, config))
-        refit(whole.model, model, images, whole.target, args.refit)
+    if args.stage == "finetune":
+        network.grade = grade_of_start(args, whole, network, train_images, state)
+        settings["grade"] = network.grade  # saved, and not compared, since it depends on what refitting did
     teacher = teacher.to(device) if teacher is not None else None
     training = start_training(args, model, model.num_classes, device, teacher, network.target)
     piad = start_piad(args, whole, model, train_images, state) if args.stage == "piad" else None
@@ -177,10 +177,26 @@ def trained_network(args: argparse.Namespace, whole: Network, num_classes: int |
             "finetune trains one size: give --op-code, or one value of --macs-ratio, --macs, --params, --memory, "
             "--latency, --throughput, or of several of them"
         )
-    small = whole.subnetwork(op_codes[0], grade=whole.grade if args.refit is False else refit_grade(args.refit))
+    small = whole.subnetwork(op_codes[0], grade=whole.grade)
     if num_classes is not None:
         fit_head(small.model, num_classes, remake=True)
     return replace(small, target=target)
+
+
+def grade_of_start(
+    args: argparse.Namespace, whole: Network, network: Network, images: Images, state: dict[str, Any] | None
+) -> str:
+    """The grade of the sub-network that finetune starts from, refitted here, in place, if --refit asks for it.
+
+    state: of a run that resumes, where that has been done.
+    """
+    if state:
+        return state["settings"]["grade"]
+    if args.refit is not False:
+        batches = (images for images, _ in proxy_batches(args, images, whole.preprocessing))
+        if refit(whole.model, network.model, batches, whole.target, args.refit).helped:
+            return refit_grade(args.refit)
+    return network.grade
 
 
 def start_piad(
@@ -232,7 +248,7 @@ def settings_of(args: argparse.Namespace, network: Network) -> dict[str, Any]:
     }
     settings |= network.describe()
     if network.is_subnetwork:
-        settings |= {"widths": full_widths(network.model), "grade": network.grade, **network.facts}
+        settings |= {"widths": full_widths(network.model), **network.facts}
     if args.stage == "piad":
         settings["stamp"] = stamp_of_run(network.model.parameters(), settings)
     return settings

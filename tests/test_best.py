@@ -19,6 +19,7 @@ from models.extraction import extract
 from piad.mask_table import MaskTable
 from supernet.facts import stamp_of
 from wpac.compensation import COMPENSATION, load_compensation
+from wpac.refit import Refit
 
 BEST = [*COMMON, *PROXY, "--method", "best", "--mask-table", "--dropout-ratio", 0.9]
 SIZES = ["--op-code", 0, 40, -1]
@@ -168,6 +169,21 @@ def test_bad_compensation(name: str, best: Path, tmp_path: Path, capsys: pytest.
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(("after", "grade"), [(0.5, "refitted"), (1.0, "compensated")])
+def test_the_grade_of_finetuning_says_whether_refitting_helped(
+    after: float, grade: str, best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("main.refit", lambda *_: Refit(before=1.0, after=after, error=0.1))
+    command = ["main.py", "--stage", "finetune", *COMMON, *PROXY, *TRAIN, "--op-code", 40, "--refit", "--epochs", 1,
+        "--checkpoint", best / "contracted.safetensors", "--resume", "auto", "--output-dir", tmp_path]  # fmt: skip
+    run(*command)
+    assert load_subnetwork(tmp_path)[1]["grade"] == f"{grade}, then fine-tuned"
+    (tmp_path / "config.json").unlink()
+    monkeypatch.delattr("main.refit")  # a resumed run does not refit again
+    run(*command)
+    assert load_subnetwork(tmp_path)[1]["grade"] == f"{grade}, then fine-tuned"
 
 
 def test_a_folder_that_is_cut_already_is_not_refitted(road: Road, tmp_path: Path, capsys: pytest.CaptureFixture):
