@@ -89,7 +89,8 @@ class Run:
 
     def _run_epoch(self, last: bool) -> None:
         progress, epoch, steps = self.progress, self.progress.epoch, self.loader.steps
-        self.scheduler.step(epoch)
+        self.scheduler.step(epoch)  # of the two, the one that the schedule counts in sets the learning rate
+        self.scheduler.step_update(epoch * steps + progress.step)
         if self.regime and progress.step == 0:
             self.regime.begin_epoch(epoch)
         start, done_before = time.perf_counter(), progress.losses.count
@@ -133,6 +134,7 @@ class Run:
     def _after_step(self, step: int, read_losses: Callable[[], None]) -> None:
         progress, steps = self.progress, self.loader.steps
         progress.step = step + 1
+        self.scheduler.step_update(progress.epoch * steps + progress.step)
         if self.checkpoint_steps and progress.step % self.checkpoint_steps == 0 and progress.step < steps:
             read_losses()  # a loss that is not finite ends the run before its weights are saved
             self._save()

@@ -120,6 +120,8 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
         min_lr=args.min_lr,
         warmup_epochs=args.warmup_epochs,
         warmup_lr=min(1e-6, args.min_lr),
+        step_on_epochs=not args.sched_on_updates,
+        updates_per_epoch=loader.steps,
     )
     progress = Progress()
     if state:

@@ -160,6 +160,11 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--warmup-epochs", type=count, metavar="N", help="epochs of linear warm-up from 1e-6 (default: %(default)s)"
     )
+    group.add_argument(
+        "--sched-on-updates",
+        action="store_true",
+        help="change the learning rate after each step instead of each epoch, for runs of few epochs",
+    )
     group.add_argument("--weight-decay", type=decimal, default=0.05, metavar="X", help="default: %(default)s")
     group.add_argument("--clip-grad", type=decimal, metavar="X", help="largest gradient norm (default: no clipping)")
     group.add_argument("--drop-path", type=share, metavar="X", help="stochastic depth rate (default: %(default)s)")
