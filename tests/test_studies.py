@@ -25,7 +25,7 @@ from piad import importance
 from piad.dropout_list import unit_sizes
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
-from studies import alternatives, encoders, recipes, regimes
+from studies import alternatives, choices, encoders, recipes, regimes
 from studies.common import Results, run_entry_point, zero_dims
 from studies.criteria import ClassTokenOnly, EqualTokens
 from studies.regimes import CHOICES
@@ -228,7 +228,7 @@ def test_log_law_draws_small_networks_as_often_as_large_ones(contracted: Path):
     network = supernet.load(contracted)
     drawn = {}
     for law in ("log", "uniform"):
-        codes = recipes.Codes(network, recipes.Recipe(law=law), None, 1, 0.8, seed=0)
+        codes = choices.Codes(network, choices.Recipe(law=law), None, 1, 0.8, seed=0)
         codes.begin_epoch(0)
         macs = [count_macs(network.model, codes.draw(step)[0]) / network.macs() for step in range(400)]
         drawn[law] = np.log(macs)
@@ -241,7 +241,7 @@ def test_a_sandwich_costs_as_much_as_single_networks(contracted: Path):
     network = supernet.load(contracted)
     spent = {}
     for sandwich in (False, True):
-        codes = recipes.Codes(network, recipes.Recipe(sandwich=sandwich), None, 1, 0.8, seed=0)
+        codes = choices.Codes(network, choices.Recipe(sandwich=sandwich), None, 1, 0.8, seed=0)
         codes.begin_epoch(0)
         steps = [codes.draw(step) for step in range(300)]
         spent[sandwich] = sum(count_macs(network.model, widths) for widths in itertools.chain(*steps))
