@@ -68,8 +68,15 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline",
         type=Path,
         metavar="FILE",
-        help="with --eval: other weights of the same model, cut to the same widths and evaluated for comparison; of a "
-        "sub-network also the whole network that its fidelity refers to",
+        help="with --eval: other weights of the same model, such as those that training started from, cut to the same "
+        "widths (compensated, where their folder has a compensation) and evaluated for comparison; of a sub-network "
+        "also the whole network that its fidelity refers to",
+    )
+    group.add_argument(
+        "--compare",
+        type=Path,
+        metavar="DIR",
+        help="with --eval: the folder of another evaluation on the same images, whose sizes are drawn beside these",
     )
     group.add_argument(
         "--frontier", type=positive, metavar="N", help="N sizes evenly spaced in MACs, besides those of the other flags"

@@ -21,6 +21,7 @@ else
     WEIGHTS=${WEIGHTS-}
     BASELINE=${BASELINE-}         # contracted weights to cut to the same widths, for comparison
 fi
+COMPARE=${COMPARE:-}              # REPORT of another evaluation, to draw its sizes beside these
 CHECKPOINT=${CHECKPOINT:-}
 if [ -z "$CHECKPOINT" ]; then
     CHECKPOINT=$OUTPUT/peelable/$NAME
@@ -30,4 +31,5 @@ fi
 
 prepare requirements.txt
 # shellcheck disable=SC2086
-launch main.py --eval --checkpoint "$CHECKPOINT" $WEIGHTS $SIZES ${BASELINE:+--baseline "$BASELINE"} --output-dir "$REPORT"
+launch main.py --eval --checkpoint "$CHECKPOINT" $WEIGHTS $SIZES ${BASELINE:+--baseline "$BASELINE"} \
+    ${COMPARE:+--compare "$COMPARE"} --output-dir "$REPORT"

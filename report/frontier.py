@@ -18,7 +18,7 @@ import supernet
 from arguments import open_network
 from datasets import UNLABELLED, Images, drawn, eval_loader, open_images, proxy_set
 from fidelity import ACCURACY, FIDELITY, Evaluator
-from files import write_text
+from files import read_json, write_text
 from main_arguments import words_to_open
 from models.backbone import Backbone
 from models.loading import fit_head
@@ -28,6 +28,7 @@ from supernet.amounts import format_amount
 from supernet.budgets import asks_for_size, chosen_op_codes
 from supernet.latency import measure_latency
 from utils import UserError, device_name, is_main_process, progress_bar, say
+from wpac.compensation import COMPENSATION
 from wpac.refit import refit_grade
 
 from .measures import measures_of
@@ -36,6 +37,7 @@ from .measures import measures_of
 def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluates a super-network at the sizes that the flags ask for, or a sub-network."""
     val_images = open_images(args.data_set, args.data_path, "val", args.index, args.seed)
+    compared = read_compared(args.compare, len(val_images)) if args.compare else []
     network, op_codes = open_at_sizes(args, val_images.num_classes)
     network.model.to(device)
     baseline = open_baseline(args, network)
@@ -75,7 +77,21 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
         cut=cut_or_refit(args, network, args.batch_size, args.workers),
         then=partial(write_sub_network, args, network, facts) if args.write_sub_networks else None,
     )
-    write_report(rows, args.output_dir, facts)
+    write_report(rows, args.output_dir, facts, {args.compare.name: compared} if args.compare else {})
+
+
+def read_compared(folder: Path, images: int) -> list[dict[str, Any]]:
+    """The sizes of another evaluation. Raises UserError for a folder without one, or with one on other images."""
+    found = read_json(folder / "frontier.json")
+    sizes = found.get("sizes") if isinstance(found, dict) else None
+    if not sizes or not isinstance(sizes, list) or not all(type(row.get("macs_linear")) is int for row in sizes):
+        raise UserError(f"--compare {folder}: its frontier.json holds no sizes: give the folder of an evaluation")
+    if found.get("images") != images:
+        raise UserError(
+            f"--compare {folder} was evaluated on {found.get('images')} images, this evaluation has {images}: give one "
+            "of the same data"
+        )
+    return sizes
 
 
 def make_evaluator(
@@ -114,7 +130,9 @@ def open_baseline(args: argparse.Namespace, network: Network) -> Network | None:
     """The weights of --baseline with the mask table of the network that they are compared with."""
     if args.baseline is None:
         return None
-    baseline = supernet.load(args.baseline, name=network.name, model_kwargs=network.model_kwargs, plain_weights=True)
+    folder = args.baseline if args.baseline.is_dir() else args.baseline.parent
+    alone = network.is_subnetwork or not (folder / COMPENSATION).is_file()
+    baseline = supernet.load(args.baseline, name=network.name, model_kwargs=network.model_kwargs, plain_weights=alone)
     if baseline.preprocessing != network.preprocessing:
         raise UserError(
             f"--baseline {args.baseline} prepares images by {baseline.preprocessing}, {network.source} by "
@@ -213,19 +231,22 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     main = next(iter(measures), None)
     if f"baseline_{main}" in rows[0]:
         columns["untrained"] = lambda row: measures[main].text(row[f"baseline_{main}"])
-        notes.append(
-            f"untrained: {measures[main].name} of the same widths cut from the contracted weights, without PIAD."
-        )
+        notes.append(f"untrained: {measures[main].name} of the same widths cut from the weights of --baseline.")
     lines = ["  ".join(f"{name:>9}" for name in columns)]
     lines += ["  ".join(f"{cell(row):>9}" for cell in columns.values()) for row in rows]
     return "\n".join(lines + notes)
 
 
-def write_report(rows: list[dict[str, Any]], folder: Path, facts: dict[str, Any]) -> None:
+def write_report(
+    rows: list[dict[str, Any]],
+    folder: Path,
+    facts: dict[str, Any],
+    compared: dict[str, list[dict[str, Any]]] | None = None,
+) -> None:
     """Prints the rows, and writes frontier.txt, .csv, .json (with the facts) and .png, and widths.png.
 
     On the main process. facts: title, device and batch_size of the measurement; full_widths, without which there is no
-    widths.png; and whatever else is to stand in frontier.json.
+    widths.png; and whatever else is to stand in frontier.json.  compared: name -> rows of another evaluation.
     """
     if not is_main_process():
         return
@@ -241,7 +262,7 @@ def write_report(rows: list[dict[str, Any]], folder: Path, facts: dict[str, Any]
     from report.plots import plot_frontier, plot_widths  # here, because matplotlib is slow to import
 
     measured = f"{facts['batch_size']} at a time, {facts['device']}"
-    plot_frontier(rows, folder / "frontier.png", facts["title"], measured)
+    plot_frontier(rows, folder / "frontier.png", facts["title"], measured, compared or {})
     names = ["frontier.txt", "frontier.csv", "frontier.json", "frontier.png"]
     if "full_widths" in facts:
         plot_widths(rows, facts["full_widths"], folder / "widths.png")

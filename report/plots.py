@@ -24,11 +24,18 @@ COLOURS = ("#999999", "#000000", ORANGE, "#E69F00", PURPLE, "#56B4E9", BLUE, "#8
 MARKERS = "sXo^vDPh*d"
 
 
-def plot_frontier(rows: list[dict[str, Any]], path: Path, title: str, measured: str) -> None:
+def plot_frontier(
+    rows: list[dict[str, Any]],
+    path: Path,
+    title: str,
+    measured: str,
+    compared: dict[str, list[dict[str, Any]]] | None = None,
+) -> None:
     """Plots what was measured of each size against MACs, and the first measure against milliseconds per image.
 
     rows: as returned by report.frontier.evaluate_sizes().  measured: describes how images_per_second was measured, for
-    the axis label. Measures of one unit share a panel.
+    the axis label. Measures of one unit share a panel.  compared: name -> rows of another evaluation, of which the
+    first measure is drawn.
     """
     rows = sorted(rows, key=lambda row: row["macs_linear"])
     unit, name = (1e9, "GMACs") if rows[-1]["macs_linear"] >= 1e9 else (1e6, "million MACs")
@@ -48,7 +55,10 @@ def plot_frontier(rows: list[dict[str, Any]], path: Path, title: str, measured: 
             axes.set_ylim(bottom=0)
     if f"baseline_{main}" in rows[0]:
         baseline = [row[f"baseline_{main}"] for row in rows]
-        panels[0].plot(macs, baseline, "s--", color=ORANGE, label="same widths, contracted weights without PIAD")
+        panels[0].plot(macs, baseline, "s--", color=ORANGE, label="same widths, untrained")
+    for name, others in (compared or {}).items():
+        found = sorted((row["macs_linear"] / unit, row[main]) for row in others if main in row)
+        panels[0].plot(*zip(*found, strict=True), "D:", color=COLOURS[0], label=name)
     milliseconds = [1000 / row["images_per_second"] for row in rows]
     panels[1].plot(milliseconds, [row[main] for row in rows], "o", color=BLUE, label=measures[main].label)
     panels[1].set(xlabel=f"milliseconds per image, {measured}")
