@@ -115,6 +115,7 @@ CHECKPOINTS = [
     case("PIAD with another head", (*TRAIN_PIAD, "--checkpoint", "{seven}"), "7 classes, the data has 10"),
     case("averaged weights that are not there", (*EVAL, "--eval-ema", "--checkpoint", "{seven}",
          "--mask-table", "{unstamped}"), "seven.safetensors holds no averaged weights", "--eval-ema"),
+    case("nothing to compare with", (*EVAL, "--compare", "{folder}/none"), "none/frontier.json"),
     case("a baseline that is not there", (*EVAL, "--baseline", "{folder}/none.pth"), "none.pth does not exist"),
     case("a run to resume that is not there", (*TRAIN_PIAD, "--resume", "{folder}/none.pth"),
          "none.pth does not exist"),

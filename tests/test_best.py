@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from programs import COMMON, NAME, PROXY, TRAIN, Road, exit_code, load_subnetwork, run, snapshot, tiny_digits_model
+from programs import (
+    COMMON,
+    NAME,
+    PROXY,
+    TRAIN,
+    Road,
+    assert_same,
+    exit_code,
+    load_subnetwork,
+    run,
+    snapshot,
+    tiny_digits_model,
+)
 from safetensors.torch import load_file
 
 import datasets
+import supernet
 from datasets import preprocessing
 from engine import evaluate
+from files import load_checkpoint
 from models.backbone import full_widths
+from models.elastic import make_elastic, set_widths
 from models.extraction import extract
 from piad.mask_table import MaskTable
 from supernet.facts import stamp_of
@@ -117,6 +133,33 @@ def test_finetuning_starts_from_the_grade_asked_for(flags: list[str], grade: str
     cut = {"compensated": [], "cut": ["--no-compensate"], "refitted": ["--refit"]}[grade]
     row = evaluated(best, tmp_path / "evaluated", *cut)["sizes"][1]
     assert loss_of(model) == pytest.approx(row["loss"], rel=1e-3)
+
+
+def test_training_keeps_the_compensation(best: Path, tmp_path: Path):
+    """The sizes are trained compensated, with factors that stay; a resumed run with a rate per step is the same."""
+    flags = ["main.py", "--stage", "piad", *COMMON, *TRAIN, "--progressive-epochs", 0, "--op-code-sampling", "log-macs",
+             "--teacher-model", "self", "--distillation-type", "soft", "--epochs", 2, "--checkpoint", best]  # fmt: skip
+    run(*flags, "--sched-on-updates", "--output-dir", tmp_path / "a")
+    net = supernet.load(tmp_path / "a")
+    assert net.grade == "compensated"
+    images = torch.randn(4, *net.preprocessing["input_size"])
+    with torch.no_grad():
+        found, plain = net.cut(-1)(images), supernet.load(tmp_path / "a", compensate=False).cut(-1)(images)
+        make_elastic(net.model)
+        set_widths(net.model, net.table.widths(-1))
+        torch.testing.assert_close(found, net.model(images), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, plain, rtol=0.01)
+    start, kept = (load_file(folder / "compensation.safetensors") for folder in (best, tmp_path / "a"))
+    assert start.pop("stamp") != kept.pop("stamp")
+    assert_same(kept, start)
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "a/log.txt").read_text().splitlines()]
+    assert rates[1] == pytest.approx(1e-5) and rates[1] < rates[0]
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "a/checkpoint_0.pth", tmp_path / "b")
+    run(*flags, "--sched-on-updates", "--resume", "auto", "--output-dir", tmp_path / "b")
+    assert_same(load_checkpoint(tmp_path / "b/checkpoint_1.pth"), load_checkpoint(tmp_path / "a/checkpoint_1.pth"))
+    run(*flags, "--no-compensate", "--output-dir", tmp_path / "a")
+    assert not (tmp_path / "a/compensation.safetensors").exists() and supernet.load(tmp_path / "a").grade == "cut"
 
 
 def test_contracting_anew_the_papers_way_leaves_no_compensation_behind(road: Road, tmp_path: Path):

@@ -52,7 +52,7 @@ def assert_shows(browser: Browser, size: dict[str, Any], report: dict[str, Any])
     assert browser.text("#agreement") == f"{size['agreement']:.2f} %"
     assert browser.text("#kl") == f"{size['kl']:.2g} nats"
     top1, baseline = browser.text("#top1").splitlines()
-    assert top1 == f"{size['top1']:.2f} %" and baseline == f"{size['baseline_top1']:.2f} % without PIAD"
+    assert top1 == f"{size['top1']:.2f} %" and baseline == f"{size['baseline_top1']:.2f} % untrained"
     shown, unit = browser.text("#latency").splitlines()[0].split()
     assert unit == "ms" and float(shown) == pytest.approx(1000 / size["images_per_second"], rel=0.01)
     rows = browser.run(
