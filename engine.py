@@ -6,7 +6,6 @@ import json
 import math
 import time
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from datasets import TrainLoader
 from files import CheckpointFolder
 from logs import RunLog
 from piad.progressive import ProgressiveDropout
-from training import Progress, Training
+from training import LossReader, Progress, Training
 from utils import (
     Preempted,
     UserError,
@@ -222,49 +221,6 @@ def train_one_epoch(
     reader.read()
     if training.grad_checkpointing:  # evaluation and PIAD's importance keep their activations
         training.model.set_grad_checkpointing(False)
-
-
-class LossReader:
-    """Reads the losses of steps and adds them up, on a CUDA device a few steps late, so that it never waits for us."""
-
-    LATE = 4  # steps
-
-    def __init__(
-        self,
-        training: Training,
-        epoch: int,
-        losses: AverageMeter,
-        after_loss: Callable[[int, dict[str, float]], None] | None,
-    ):
-        self.training, self.epoch, self.losses, self.after_loss = training, epoch, losses, after_loss
-        self.waiting: deque[tuple[int, int, dict[str, float], Tensor, torch.cuda.Event | None]] = deque()
-
-    def add(self, step: int, images: int, scalars: dict[str, float], loss: Tensor) -> None:
-        """The mean loss of a step over its images, and what else is logged for it."""
-        event = None
-        if loss.is_cuda:
-            loss = loss.to("cpu", non_blocking=True)  # to pinned memory: the copy does not stop the device
-            event = torch.cuda.Event()
-            event.record()
-        self.waiting.append((step, images, scalars, loss, event))
-        self.read(keep=self.LATE if event else 0)
-
-    def read(self, keep: int = 0) -> None:
-        """Reads all losses but the last `keep`. Raises UserError for one that is not finite."""
-        while len(self.waiting) > keep:
-            step, images, scalars, loss, event = self.waiting.popleft()
-            if event is not None:
-                event.synchronize()
-            value = loss.item()
-            if not math.isfinite(value):
-                lr = self.training.optimizer.param_groups[0]["lr"]
-                raise UserError(
-                    f"loss is {value} at epoch {self.epoch}, step {step}, op code {scalars['op_code']}, learning rate "
-                    f"{lr:.3g}: training stops, the last checkpoint is kept; try a lower --lr"
-                )
-            self.losses.update(value, images)
-            if self.after_loss:
-                self.after_loss(step, {"loss": value} | scalars)
 
 
 def _backward(training: Training, images: Tensor, targets: Tensor) -> Tensor:

@@ -54,6 +54,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--teacher-model self is the network itself: leave --teacher-path {args.teacher_path} out")
     if args.stage != "piad":
         return
+    if args.compile and not teacher:
+        raise UserError(
+            "--torchcompile: piad trains another network at each step, so only a teacher is compiled: leave it out"
+        )
     if args.compensate and args.progressive_epochs > 0:
         raise UserError(
             "--compensate: a mask table that grows is for sub-networks as they are cut: give --progressive-epochs 0, "

@@ -215,6 +215,7 @@ PHOTOS = ["--data-set", "images", "--data-path", "PHOTOS"]
         (["--progressive-epochs", "50", *ALONE, *PHOTOS], "--progressive-epochs 50 grows the mask table .* give 0"),
         (["--regime", "layer"], "--progressive-epochs 0 is for --regime piad, not layer"),
         (["--progressive-epochs", "3", "--compensate"], "--compensate: a mask table that grows"),
+        (["--torchcompile"], "--torchcompile: piad trains another network at each step"),
         (["--compensate"], "--compensate: .*compensation.safetensors does not exist"),
         (["--checkpoint", "PRETRAINED"], "mask_table.json"),
         (["--stage", "finetune", "--checkpoint", "PEELED", *TEACH], "is a sub-network, and the whole network that"),
