@@ -190,8 +190,7 @@ def wrap_runner(args: argparse.Namespace, training: Training) -> None:
     """Makes what a step calls distributed and compiled, as the flags say."""
     if args.distributed:
         device_ids = [training.device] if training.device.type == "cuda" else None
-        # The only buffers are those of compensation, which stay as they are.
-        training.runner = DistributedDataParallel(training.runner, device_ids=device_ids, broadcast_buffers=False)
+        training.runner = DistributedDataParallel(training.runner, device_ids=device_ids)
     if args.compile and args.stage != "piad":  # piad runs another network at each step
         training.runner = torch.compile(training.runner, backend=args.compile)
 

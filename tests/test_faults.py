@@ -182,8 +182,8 @@ def test_a_signal_to_one_rank_stops_all_ranks(reference: Reference, tmp_path: Pa
     fault = Fault(LOSS, 9, "signal", "SIGUSR1", rank=1)
     ended = run(tmp_path / "run", reference.pair_arguments, fault, processes=2)
     assert (ended.codes, ended.error) == ([0, 0], "")
-    assert "stopped by a signal to another rank at epoch 1, step 4, saved" in ended.out
-    assert_resumes(tmp_path / "run", reference, "epoch 1, step 4", processes=2)
+    assert "stopped by a signal to another rank at epoch 1, step 5, saved" in ended.out
+    assert_resumes(tmp_path / "run", reference, "epoch 1, step 5", processes=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def read_too_much(path: Path, results: connection.Connection) -> None:
 
 @pytest.mark.parametrize("name", TOO_MUCH)
 def test_a_file_that_asks_for_too_much_is_refused_at_once(name: str, tmp_path: Path):
-    """Less than a second, and less than 200 MB more than the program has anyway."""
+    """At most three seconds of a processor, and less than 200 MB more than the program has anyway."""
     file, content = TOO_MUCH[name]
     path = write_too_much(tmp_path / file, content())
     if file == "config.json":
@@ -195,7 +195,7 @@ def test_a_file_that_asks_for_too_much_is_refused_at_once(name: str, tmp_path: P
     found = receive.recv() if receive.poll() else {"error": None}
     process.kill()
     assert isinstance(found["error"], str) and len(found["error"]) < 1000, found
-    assert found["seconds"] < 1
+    assert found["seconds"] < 3
     assert found["bytes"] < 200e6
 
 
