@@ -21,7 +21,7 @@ import supernet
 from engine import SCORES, evaluate
 from fidelity import Evaluator
 from models.backbone import Backbone
-from models.elastic import set_widths
+from models.elastic import make_plain, set_widths
 from models.targets import outputs_of
 from piad.distillation import Distillation, StudentOutputs, Teacher, check_teacher
 from piad.progressive import ProgressiveDropout
@@ -92,8 +92,11 @@ def open_teacher(args: argparse.Namespace, whole: Network) -> Backbone | None:
             )
         if args.checkpoint is None and not args.pretrained:
             raise UserError("--teacher-model self: new weights teach nothing: give --checkpoint or --pretrained")
-        # finetune trains a cut, on memory of its own.
-        return whole.model if args.stage == "finetune" else copy.deepcopy(whole.model)
+        if args.stage == "finetune":  # it trains a cut, which has its own memory
+            return whole.model
+        teacher = copy.deepcopy(whole.model)
+        make_plain(teacher)  # without the factors of compensation, which the whole network does not use
+        return teacher
     if args.teacher_path:
         teacher = supernet.load(args.teacher_path, name=args.teacher_model, plain_weights=True)
     else:

@@ -42,7 +42,7 @@ if [ "$RECIPE" = best ]; then
 else
     CHECKPOINT=${CHECKPOINT:-$OUTPUT/reparamed/$NAME/contracted.safetensors}
     [ -f "$CHECKPOINT" ] || [ "$DATA_SET" != digits ] || run_script run_reparam.sh
-    set -- --progressive-epochs "$PROGRESSIVE_EPOCHS" --dropout-ratio "$DROPOUT_RATIO"
+    set -- --progressive-epochs "$PROGRESSIVE_EPOCHS" --dropout-ratio "$DROPOUT_RATIO" --op-code-per-rank
 fi
 
 prepare requirements.txt
