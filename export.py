@@ -260,7 +260,10 @@ def measure(
     evaluator: Evaluator | None,
     latencies: Latencies,
 ) -> dict[str, Any]:
-    """Op code, MACs, params and memory (bytes) of a size; latency, top1 and fidelity if they are asked for or known."""
+    """The op code, MACs, parameters and memory (bytes) of a size.
+
+    With its latency, where that is to be measured or was before, and with what the evaluator finds.
+    """
     linear, full = (count_sizes(small, convention=convention) for convention in CONVENTIONS)
     row: dict[str, Any] = {
         "op_code": code,

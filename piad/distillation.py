@@ -114,8 +114,13 @@ class Distillation:
         """The distance of logits from the teacher's, both (B, classes)."""
         if self.kind == "hard":
             return F.cross_entropy(logits, expected.argmax(1))
-        found, wanted = ((x.float() / self.tau).log_softmax(1) for x in (logits, expected))
-        return self.tau**2 * F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+        return divergence(logits, expected, self.tau)
+
+
+def divergence(logits: Tensor, expected: Tensor, tau: float) -> Tensor:
+    """tau^2 * KL(teacher || student) at temperature tau, mean over the images; both logits are (B, classes)."""
+    found, wanted = ((x.float() / tau).log_softmax(1) for x in (logits, expected))
+    return tau**2 * F.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
 def distance(found: Tensor, expected: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ from .measures import measures_of
 def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluates a super-network at the sizes that the flags ask for, or a sub-network."""
     val_images = open_images(args.data_set, args.data_path, "val", args.index, args.seed)
-    compared = read_compared(args.compare, len(val_images)) if args.compare else []
     network, op_codes = open_at_sizes(args, val_images.num_classes)
+    compared = {args.compare.name: read_compared(args.compare, network.target, val_images)} if args.compare else {}
     network.model.to(device)
     baseline = open_baseline(args, network)
     whole = network if not network.is_subnetwork else baseline
@@ -77,21 +77,23 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
         cut=cut_or_refit(args, network, args.batch_size, args.workers),
         then=partial(write_sub_network, args, network, facts) if args.write_sub_networks else None,
     )
-    write_report(rows, args.output_dir, facts, {args.compare.name: compared} if args.compare else {})
+    write_report(rows, args.output_dir, facts, compared)
 
 
-def read_compared(folder: Path, images: int) -> list[dict[str, Any]]:
-    """The sizes of another evaluation. Raises UserError for a folder without one, or with one on other images."""
+def read_compared(folder: Path, target: str, val: Images) -> list[dict[str, Any]]:
+    """The sizes of another evaluation. Raises UserError for a folder without one, or with one of other measures."""
     found = read_json(folder / "frontier.json")
     sizes = found.get("sizes") if isinstance(found, dict) else None
-    if not sizes or not isinstance(sizes, list) or not all(type(row.get("macs_linear")) is int for row in sizes):
+    rows = sizes if isinstance(sizes, list) else []
+    if not rows or not all(isinstance(row, dict) and type(row.get("macs_linear")) is int for row in rows):
         raise UserError(f"--compare {folder}: its frontier.json holds no sizes: give the folder of an evaluation")
-    if found.get("images") != images:
+    labels = any(key in row for row in rows for key in ACCURACY)
+    if (found.get("images"), found.get("target"), labels) != (len(val), target, val.num_classes is not None):
         raise UserError(
-            f"--compare {folder} was evaluated on {found.get('images')} images, this evaluation has {images}: give one "
-            "of the same data"
+            f"--compare {folder} was evaluated on {found.get('images')} images for the target {found.get('target')}, "
+            f"this evaluation has {len(val)} images and the target {target}: give one of the same data and target"
         )
-    return sizes
+    return rows
 
 
 def make_evaluator(

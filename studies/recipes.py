@@ -30,10 +30,11 @@ import supernet
 from arguments import Parser, share
 from benchmarks.common import describe_machine
 from datasets import TrainLoader, eval_loader, open_splits, proxy_set
-from main import augmentation, start_training
 from main_arguments import parse_main_arguments
+from main_training import augmentation, start_training
 from models.backbone import Backbone
 from models.elastic import make_elastic, make_plain, set_widths
+from piad.distillation import divergence
 from studies.choices import RECIPES, Codes, Recipe
 from studies.common import Results, facts_of, model_and_data_flags, parse_training_arguments
 from supernet import Network
@@ -194,8 +195,7 @@ def distance(recipe: Recipe, tokens: Tensor, logits: Tensor, expected: Tensor, e
     """From the teacher: tokens (B, N, D) after the last norm, and logits (B, classes)."""
     if recipe.distance == "squared":
         return F.mse_loss(logits, expected_logits) / expected_logits.var()
-    soft, found = ((x / recipe.tau).log_softmax(1) for x in (expected_logits, logits))
-    kl = recipe.tau**2 * F.kl_div(found, soft, reduction="batchmean", log_target=True)
+    kl = divergence(logits, expected_logits, recipe.tau)
     return kl if recipe.distance == "kl" else kl + F.mse_loss(tokens, expected) / expected.var()
 
 

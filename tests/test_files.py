@@ -328,7 +328,7 @@ def test_weights_lie_bare_or_under_a_name():
         assert same(weights_of({"model": other, name: WEIGHTS}, path, use_ema=True), WEIGHTS)
         averaged = {f"module.{key}": value for key, value in WEIGHTS.items()}
         assert same(weights_of({"state_dict": other, name: averaged}, path, use_ema=True), WEIGHTS)
-    # A parameter that is called model is none of our business.
+    # A tensor under the key "model" is a parameter of that name, not a state dict inside another.
     assert same(weights_of({"model": torch.ones(2)}, path), {"model": torch.ones(2)})
 
 

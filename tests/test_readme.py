@@ -23,6 +23,7 @@ from utils import UserError
 README = (ROOT / "README.md").read_text()
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+# Words that readers did not understand, and paths of one machine.
 FORBIDDEN = (
     *("PROXIES", "asked for", "hangs on", "at hand", "a second", "dims a head", "plainly"),
     *("/root/", "/tmp/", "/work/", "/home/"),
