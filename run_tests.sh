@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what the tests need and runs the whole suite; arguments go to pytest.
+# Installs what the tests need and runs the whole suite, two files at a time; arguments go to pytest (-n 0: one at a time).
 set -eu
 here=$(dirname "$0")
 [ -f "$here/common.sh" ] || here=. # sbatch runs a copy of this script from a folder of its own
@@ -7,4 +7,5 @@ here=$(dirname "$0")
 . "$here/common.sh"
 prepare requirements-test.txt
 cd "$here" || exit 2
-exec "$PYTHON" -m pytest "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

@@ -159,8 +159,15 @@ def write_too_much(path: Path, content: Any) -> Path:
 
 
 def read_too_much(path: Path, results: connection.Connection) -> None:
-    """Reads a file as the programs do; the answer: the error, CPU seconds, and bytes taken."""
+    """Reads a file as the programs do; the answer: the error, bytes taken, and CPU time.
+
+    The unit of the time is what it takes to parse the largest JSON file that is read.
+    """
     torch.set_num_threads(1)
+    text = "[" + "0," * (MAX_JSON_BYTES // 2 - 2) + "0]"
+    start = time.process_time()
+    json.loads(text)
+    unit = time.process_time() - start
     found: dict[str, Any] = {"error": None}
 
     def read() -> None:
@@ -178,12 +185,12 @@ def read_too_much(path: Path, results: connection.Connection) -> None:
 
     start = time.process_time()
     found["bytes"] = peak_bytes(read, torch.device("cpu"))
-    results.send(found | {"seconds": time.process_time() - start})
+    results.send(found | {"time": (time.process_time() - start) / unit})
 
 
 @pytest.mark.parametrize("name", TOO_MUCH)
 def test_a_file_that_asks_for_too_much_is_refused_at_once(name: str, tmp_path: Path):
-    """At most three seconds of a processor, and less than 200 MB more than the program has anyway."""
+    """Little processor time, and less than 200 MB more than the program has anyway."""
     file, content = TOO_MUCH[name]
     path = write_too_much(tmp_path / file, content())
     if file == "config.json":
@@ -195,7 +202,7 @@ def test_a_file_that_asks_for_too_much_is_refused_at_once(name: str, tmp_path: P
     found = receive.recv() if receive.poll() else {"error": None}
     process.kill()
     assert isinstance(found["error"], str) and len(found["error"]) < 1000, found
-    assert found["seconds"] < 3
+    assert found["time"] < 30  # 13 are needed to build a model of as many blocks as are allowed
     assert found["bytes"] < 200e6
 
 
