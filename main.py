@@ -280,7 +280,8 @@ def finish_finetune(args: argparse.Namespace, network: Network, training: Traini
             small, kind, found, network.averaged = training.ema.module, "averaged", averaged, True
     if not is_main_process():
         return
-    how = "distilled" if not training.labels else "fine-tuned and distilled" if training.distillation else "fine-tuned"
+    ways = {"fine-tuned": training.labels, "distilled": training.distillation is not None}
+    how = " and ".join(way for way, used in ways.items() if used)
     facts = {"grade": f"{network.grade}, then {how}", "data_set": args.data_set}
     facts["accuracy" if training.labels else "fidelity"] = found
     saved = network.save(args.output_dir, small, **facts)

@@ -5,24 +5,28 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
-from arguments import Parser, add_common_arguments, add_dropout_ratio, decimal, open_network
+from arguments import Parser, add_common_arguments, add_dropout_ratio, add_refit, decimal, open_network
 from datasets import check_labels, eval_loader, open_splits, proxy_set
 from fidelity import Evaluator
 from files import check_output_dir
 from logs import TensorBoard
-from models.backbone import Backbone, full_widths
+from models.backbone import full_widths
 from models.extraction import extract
 from models.loading import fit_head
 from models.targets import COSTS, LABELLED, TARGETS, check_cost, check_target, default_cost
 from report.frontier import make_evaluator
 from report.measures import sentence
+from supernet import Network
 from supernet.contraction import METHODS, Contraction, contract_network, save_contracted
 from utils import UserError, init_processes, is_main_process, peak_memory, run_program, say, seed_everything
 from wpac.compensation import DAMPING
+from wpac.refit import refit
 from wpac.transform import BASES, ORDERS
 
 SHARES = (0.25, 0.5, 0.75)
@@ -72,7 +76,7 @@ def main() -> None:
     report(facts, network.target)
     if val:
         evaluator = make_evaluator(args, network, val, device, model)
-        facts["evaluation"] = found | truncated_models(model, evaluator)
+        facts["evaluation"] = found | truncated_models(network, evaluator, proxy, args.refit)
         for name, values in facts["evaluation"].items():
             say(f"{name}: {sentence(values)}")
     save_contracted(network, args.output_dir, facts, with_table=args.mask_table)
@@ -100,6 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument(
         "--no-eval", action="store_true", help="skip the evaluation on val/, or on the images that are held back"
     )
+    add_refit(group)
     group.add_argument(
         "--method",
         choices=METHODS,
@@ -126,6 +131,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.mask_table and args.method != "best":
         parser.error("--mask-table needs --method best: its sizes are for compensated sub-networks")
+    if args.refit is not False and args.no_eval:
+        parser.error("--refit is for the sub-networks of the evaluation: leave --no-eval out")
     basis, order = METHODS[args.method]
     args.basis, args.order = args.basis or basis, args.order or order
     return args
@@ -165,12 +172,20 @@ def report(facts: dict, target: str) -> None:
         say(f"  {key:>8}  " + "   ".join(f"{name} " + " ".join(f"{v:.3f}" for v in row) for name, row in parts.items()))
 
 
-def truncated_models(model: Backbone, evaluator: Evaluator) -> dict[str, dict[str, float]]:
-    """What the evaluator finds of the contracted model: whole, and with 3/4, 1/2, 1/4 of its attention dims."""
-    results = {"after": evaluator(model)}
+def truncated_models(
+    network: Network, evaluator: Evaluator, proxy: DataLoader, refit_steps: int | Literal[False]
+) -> dict[str, dict[str, float]]:
+    """What the evaluator finds of the contracted model: whole, and with 3/4, 1/2, 1/4 of its attention dims.
+
+    refit_steps: of refitting on the proxy images (0: least squares); False leaves the truncated models as they are cut.
+    """
+    model, results = network.model, {"after": evaluator(network.model)}
     for share in reversed(SHARES):
         widths = {k: int(w * share) if k.endswith(".attn") else w for k, w in full_widths(model).items()}
-        results[truncated(share)] = evaluator(extract(model, widths))
+        small = extract(model, widths)
+        if refit_steps is not False:
+            refit(model, small, (images for images, _ in proxy), network.target, refit_steps)
+        results[truncated(share)] = evaluator(small)
     return results
 
 

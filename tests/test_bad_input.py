@@ -84,6 +84,7 @@ CHECKPOINTS = [
         for what, command in {"evaluation": EVAL, "WPAC": REPARAM, "PIAD": TRAIN_PIAD, "fine-tuning": FINETUNE}.items()
     ),
     case("evaluation without a checkpoint", EVAL[:-2], "--checkpoint is missing"),
+    case("refitting nothing", (*REPARAM, "--no-eval", "--refit"), "--refit", "leave --no-eval out"),
     case("WPAC without weights", REPARAM[:-2], "no weights to contract", "--checkpoint FILE", "--pretrained"),
     case("PIAD without a checkpoint", TRAIN_PIAD[:-2], "--checkpoint is missing", "contracted weights"),
     case("fine-tuning without a checkpoint", (*FINETUNE[:-2], "--op-code", "0"), "--checkpoint is missing"),

@@ -21,6 +21,7 @@ from programs import (
     MODEL_KWARGS,
     NAME,
     PIAD,
+    PROXY,
     Road,
     assert_same,
     load_subnetwork,
@@ -138,6 +139,17 @@ def test_wpac_measures_the_truncated_models(road: Road):
         found = next(value for key, value in facts["evaluation"].items() if key.startswith(f"at {name} "))
         assert_measures(found, extract(model, widths))
         assert_faithful(found, extract(model, widths), model)
+
+
+def test_wpac_refits_the_truncated_models(road: Road, tmp_path: Path):
+    run("reparam.py", *COMMON, *PROXY, "--refit", "--checkpoint", road.pretrained / "checkpoint_3.pth",
+        "--output-dir", tmp_path)  # fmt: skip
+    cut, refitted = (
+        json.loads((folder / "contracted.json").read_text())["evaluation"] for folder in (road.reparamed, tmp_path)
+    )
+    assert refitted["after"] == cut["after"]
+    name = next(name for name in cut if name.startswith("at 0.25"))
+    assert refitted[name]["kl"] < cut[name]["kl"]
 
 
 def test_piad_trains_a_super_network(road: Road):
