@@ -119,6 +119,32 @@ def plot_alternatives(
     save_figure(figure, path)
 
 
+def plot_curves(lines: dict[str, dict[str, dict[int, float]]], images: int, path: Path) -> None:
+    """Plots top-1 (percent) against images trained on, one panel per share of the MACs.
+
+    lines: share -> way -> epoch -> top-1. A way with one point is a line across the panel if nothing was trained, else
+    a marker.  images: of an epoch.
+    """
+    figure, panels = plt.subplots(1, len(lines), figsize=(3.4 * len(lines), 3.6), layout="constrained", squeeze=False)
+    ways = list(dict.fromkeys(way for ways in lines.values() for way in ways))
+    for (part, curves), axes in zip(lines.items(), panels[0], strict=True):
+        for way, points in curves.items():
+            style = ways.index(way)
+            if list(points) == [0]:
+                axes.axhline(points[0], color=COLOURS[style], linestyle=":", label=way)
+            else:
+                x = [epoch * images / 1e3 for epoch in points]
+                axes.plot(
+                    x, list(points.values()), color=COLOURS[style], marker=MARKERS[style], markersize=4, label=way
+                )
+        axes.set(title=f"{float(part):.1%} of the MACs", xlabel="thousand images trained on")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("top-1 accuracy, %")
+    panels[0][0].legend(frameon=False, fontsize=7)
+    save_figure(figure, path)
+
+
 def plot_maps(photos: Tensor, maps: dict[str, Tensor], path: Path) -> None:
     """Draws photos (n, 3, height, width), of values 0..1, and below them a row of maps (n, height, width) per name."""
     rows = {"photo": photos.permute(0, 2, 3, 1), **maps}

@@ -25,7 +25,7 @@ TABLES = {
     "latency_swin_tiny.json": latency.markdown,
     "latency_swin_tiny_steps.json": latency.markdown,
     "recipes_digits.json": recipes.markdown,
-    "training.json": training.markdown,
+    "training_digits.json": training.markdown,
     "encoders_saliency_encoder.json": encoders.markdown,
 }
 

@@ -25,7 +25,7 @@ from piad import importance
 from piad.dropout_list import unit_sizes
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
-from studies import alternatives, choices, encoders, recipes, regimes
+from studies import alternatives, choices, encoders, recipes, regimes, training
 from studies.common import Results, run_entry_point, zero_dims
 from studies.criteria import ClassTokenOnly, EqualTokens
 from studies.regimes import CHOICES
@@ -177,19 +177,41 @@ def test_the_study_of_encoders_measures_every_grade(tmp_path: Path, capsys: pyte
 def contracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny super-network for digits, as reparam.py --method best --mask-table writes it."""
     folder = tmp_path_factory.mktemp("contracted")
-    shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    model = alternatives.create_backbone(PLAIN, **shape, num_classes=10)
+    model = alternatives.create_backbone(PLAIN, **TINY, num_classes=10)
     save_file(model.state_dict(), folder / "plain.safetensors")
     run_entry_point(
-        reparam.main, "--method", "best", "--mask-table", "--no-eval", "--dropout-ratio", 0.8, *DIGITS,
-        "--model", PLAIN,
-        "--model-kwargs", *(f"{key}={value}" for key, value in shape.items()), "--crop-pct", 1,
-        "--checkpoint", folder / "plain.safetensors", "--output-dir", folder / "best",
+        reparam.main, "--method", "best", "--mask-table", "--no-eval", "--dropout-ratio", 0.8, *DIGITS, *MODEL,
+        "--crop-pct", 1, "--checkpoint", folder / "plain.safetensors", "--output-dir", folder / "best",
     )  # fmt: skip
     return folder / "best"
 
 
+TINY = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+MODEL = ["--model", PLAIN, "--model-kwargs", *(f"{key}={value}" for key, value in TINY.items())]
 DIGITS = ["--data-set", "digits", "--batch-size", 256, "--workers", 0, "--device", "cpu", "--proxy-samples", 64]
+
+
+def test_ways_to_spend_a_budget_are_measured_once(contracted: Path, tmp_path: Path):
+    words = ["--name", "tiny", *DIGITS, "--crop-pct", 1, "--checkpoint", contracted.parent / "plain.safetensors"]
+    words += [*MODEL, "--epochs", 2, "--points", 2, "--draws", 0, "--shares", 0.5, 1.0, "--lr", 0.01]
+    words += ["--dropout-ratio", 0.8, "--output-dir", tmp_path]
+    words += ["--", "--aa", "none", "--reprob", 0, "--mixup", 0, "--cutmix", 0, "--repeated-aug", 0, "--ema-decay", 0.5]
+    for _ in range(2):  # the second time everything is there
+        run_entry_point(training.main, *words)
+        content = json.loads((tmp_path / "training_tiny.json").read_text())
+        measured = [(row["way"], row["epoch"]) for row in content["rows"]]
+        assert measured == [
+            (way, epoch)
+            for way in training.WAYS
+            for epoch in ([0] if way in training.WAYS[:2] else [2] if way.startswith("one size") else [1, 2])
+        ]
+    assert (tmp_path / "training_tiny.png").exists()
+    by_way = {row["way"]: row["top1"] for row in content["rows"]}
+    assert by_way["untrained"]["1"] == by_way["refitted"]["1"]
+    lines = training.markdown(content).splitlines()
+    sizes = [next(line for line in lines if line.startswith(f"| {way} |")) for way in ("best", "one size")]
+    trained = 2 * content["images"]
+    assert sizes[0].endswith(f" {trained:,} |") and sizes[1].endswith(f" {12 * trained:,} |")
 
 
 @pytest.mark.parametrize("labels", [True, False])
