@@ -1,0 +1,100 @@
+"""Images per second and peak memory of training and evaluation, for DeiT-Ti, DeiT-S and DeiT-B.
+
+    python -m benchmarks.throughput --device cuda --amp bfloat16 --batch-size 128
+    python -m benchmarks.throughput --threads 2 --batch-size 8 --repeats 3
+
+Each of WORK is measured in a new process: the step of timm's own model, that of the super-network at all of its MACs
+and at half of them, the latter with a teacher too, and evaluation without gradients. Weights and images are random and
+on the device already, so loading is not in the figures. Memory is that of the process beyond the libraries on the CPU,
+that of the allocator on CUDA: weights, gradients, AdamW's moments and activations, at their peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from arguments import any_precision
+from benchmarks.common import (
+    Row,
+    describe_machine,
+    in_new_process,
+    make_model,
+    make_parser,
+    peak_so_far,
+    prepare,
+    random_batch,
+    report,
+    reset_peak,
+    time_alternately,
+)
+from benchmarks.sizes import half_widths
+from benchmarks.training import Step
+from models.backbone import full_widths
+from models.elastic import make_elastic
+from piad.distillation import Distillation, Teacher
+from utils import run_program, tf32
+
+MODELS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
+WORK = ("timm's step", "step, all MACs", "step, half of the MACs", "the same with a teacher", "evaluation")
+
+
+def measure(args: argparse.Namespace, model: str, name: str) -> dict[str, Any]:
+    """Seconds of each run and peak bytes of one of WORK. Call in a new process."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    held = reset_peak(device)
+    work = work_of(argparse.Namespace(**{**vars(args), "model": model}), name, device)
+    amp = torch.autocast(device.type, dtype=args.amp, enabled=args.amp != torch.float32)
+
+    def run() -> None:
+        with amp, tf32():
+            work()
+
+    seconds = time_alternately({name: run}, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)[name]
+    return {"seconds": seconds, "bytes": peak_so_far(device) - held}
+
+
+def work_of(args: argparse.Namespace, name: str, device: torch.device) -> Callable[[], Any]:
+    """One of WORK on one batch."""
+    model = make_model(args, device)
+    batch = random_batch(model, args.batch_size, device)
+    if name == "evaluation":
+        return partial(torch.inference_mode()(model.eval()), batch[0])
+    if name == "timm's step":
+        return Step(model, batch, device)
+    loss_fn = None
+    if name == "the same with a teacher":
+        distillation = Distillation(Teacher(make_model(args, device), "logits"), "soft", 0.5, 1.0)
+        loss_fn = partial(distillation, F.cross_entropy)
+    widths = full_widths(model) if name == "step, all MACs" else half_widths(model)["uniform"]
+    return Step(make_elastic(model), batch, device, widths, loss_fn)
+
+
+def main() -> None:
+    parser = make_parser(__doc__, model=MODELS[0], batch_size=128, repeats=10)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="timm names, instead of --model")
+    parser.add_argument("--amp", type=any_precision, default="none", help="bfloat16, float16, or none (default)")
+    args = parser.parse_args()
+    device = prepare(args, parser)
+    rows = []
+    for model in args.models:
+        for name in WORK:
+            found = in_new_process(measure, args, model, name)
+            speed = args.batch_size / statistics.median(found["seconds"])
+            rows.append(Row(f"{model}, {name}", "-", speed, unit="images/s", numbers=found))
+            rows.append(Row(f"{model}, {name}", "-", found["bytes"] / 1e9, unit="GB"))
+    settings = {key: getattr(args, key) for key in ("models", "batch_size", "repeats", "warmup", "seed", "clock")}
+    report(rows, settings | {"amp": str(args.amp)}, describe_machine(device, args.threads))
+
+
+if __name__ == "__main__":
+    run_program(main)
