@@ -4,6 +4,9 @@ zeros: this project's way (models.elastic): the parameters of a bypassed branch 
 search: DDP(find_unused_parameters=True), which searches the autograd graph at every step.
 stock: the baseline, timm's own model under plain DDP, which bypasses nothing.
 
+Also two ways of drawing sub-networks, uniformly from a random mask table: each step the same one for all processes, or
+one for each process (main.py --op-code-per-rank).
+
 Run from the repository root:  python -m benchmarks.ddp_bypass
 A quick look, in seconds:      python -m benchmarks.ddp_bypass --repeats 2 --warmup 1 --batch-size 1
 """
@@ -13,11 +16,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import statistics
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -40,6 +45,7 @@ from benchmarks.common import (
     time_alternately,
     timing_numbers,
 )
+from benchmarks.sizes import tables
 from models.backbone import full_widths
 from models.elastic import Switched, make_elastic, set_widths
 from utils import run_program
@@ -82,7 +88,18 @@ def rows_of(seconds: dict[str, list[float]], name: str) -> list[Row]:
         row("zeros_bypass", "stock", "DDP step with bypassed branches, zeros", "stock model, whole"),
         row("search_bypass", "stock", "DDP step with bypassed branches, search", "stock model, whole"),
         row("search_bypass", "zeros_bypass", "DDP step with bypassed branches, search", "zeros"),
+        *(_drawn_row(seconds, variant, "stock", name) for variant in ("shared_draws", "own_draws")),
+        _drawn_row(seconds, "own_draws", "shared_draws", name),
     ]
+
+
+def _drawn_row(seconds: dict[str, list[float]], variant: str, base: str, name: str) -> Row:
+    """Compares means, since each round draws other sub-networks."""
+    words = {"shared_draws": "the same size for all processes", "own_draws": "a size per process"}
+    against = words.get(base, "stock model")
+    numbers = timing_numbers({variant: seconds[variant], base: seconds[base]})
+    measured = statistics.mean(seconds[variant]) / statistics.mean(seconds[base])
+    return Row(f"DDP step of a drawn size, {words[variant]}, {name}", against, measured, numbers=numbers)
 
 
 def rank_work(rank: int, args: argparse.Namespace, results: Path) -> None:
@@ -116,12 +133,16 @@ def variants(args: argparse.Namespace, rank: int, device: torch.device) -> dict[
     step_stock = ddp_step(stock, batch, find_unused=False)
     step_zeros = ddp_step(zeros, batch, find_unused=False)
     step_search = ddp_step(search, batch, find_unused=True)
+    table, _ = tables(stock, (50, 100), args.seed)
+    shared, own = (np.random.default_rng([args.seed, number]) for number in (0, 1 + rank))
     return {
         "stock": partial(step_stock, None),
         "zeros_full": partial(step_zeros, full),
         "search_full": partial(step_search, full),
         "zeros_bypass": partial(step_zeros, bypass),
         "search_bypass": partial(step_search, bypass),
+        "shared_draws": lambda: step_zeros(table.widths(int(shared.integers(len(table))))),
+        "own_draws": lambda: step_zeros(table.widths(int(own.integers(len(table))))),
     }
 
 
