@@ -86,15 +86,18 @@ class Study:
         return output
 
     def sizes(self, network: Network, refit_seed: int | None = None) -> dict[str, float]:
-        """share -> top-1 of the size that is cut, and refitted on the proxy set of a seed."""
-        found = {}
-        for part in self.args.shares:
+        """share -> top-1 of the size that is cut, and refitted on the proxy set of a seed.
+
+        Without the shares that the mask table, which PIAD still extends, does not reach.
+        """
+        found, smallest = {}, network.macs(-1) / network.macs()
+        for part in (part for part in self.args.shares if part >= smallest):
             refit = None
             if refit_seed is not None:
                 proxy = proxy_set(self.images, self.args.proxy_samples, refit_seed)
                 loading = {"batch_size": self.args.batch_size, "workers": self.args.workers}
                 refit = (images for images, _ in eval_loader(proxy, network.preprocessing, **loading))
-            code = network.select(max_macs=max(part * network.macs(), network.macs(-1)))
+            code = network.select(max_macs=part * network.macs())
             found[f"{part:.3g}"] = self.top1(network.cut(code, refit=refit))
         return found
 
@@ -167,7 +170,7 @@ def _cell(values: list[float]) -> str:
 
 def curve(rows: list[dict[str, Any]], way: str, part: str) -> dict[int, float]:
     """epoch -> mean top-1 over the seeds."""
-    own = [row for row in rows if row["way"] == way]
+    own = [row for row in rows if row["way"] == way and part in row["top1"]]
     return {
         epoch: statistics.mean(row["top1"][part] for row in own if row["epoch"] == epoch)
         for epoch in sorted({row["epoch"] for row in own})
