@@ -104,7 +104,8 @@ def contract_network(
     batches: images (B, C, height, width) and labels (B,), which only the costs of models.targets.LABELLED use.
     cost: a key of models.targets.COSTS (default: one that needs no labels).  basis, order: instead of the method's
     (wpac.transform.contract()).  dropout_ratio: with method "best", also make a mask table that can drop this share of
-    the MACs, or of the time that the profile says. Raises UserError for a target or a cost that do not fit, and where the output changes by more than LIMIT
+    the MACs, or of the time that the profile says.
+    Raises UserError for a target or a cost that do not fit, and where the output changes by more than LIMIT
     or is not finite.
     """
     model, target = network.model, network.target

@@ -2,8 +2,8 @@
 
     {"format": 1, "model": "vit_small_patch16_224", "device": "AMD EPYC, 1 thread", "runtime": "eager",
      "dtype": "float32", "batch_size": 1, "rest": 0.0009, "modules": {
-      "attn: 6 heads of 64 dims, D 384, 197 tokens": {"count": 12, "seconds": {"0": 0, "8": 0.0007, ..., "64": 0.0012}},
-      "mlp: 1536 hidden units, D 384, 197 tokens": {"count": 12, "seconds": {"0": 0, "48": 0.0001, ..., "1536": 0.0021}}}}
+      "attn: 6 heads of 64 dims, D 384, 197 tokens": {"count": 12, "seconds": {"0": 0, "8": 0.0007, "64": 0.0012}},
+      "mlp: 1536 hidden units, D 384, 197 tokens": {"count": 12, "seconds": {"0": 0, "48": 0.0001, "1536": 0.0021}}}}
 
 The time of a network is that of the rest (patch embedding, last norm, head) and of its modules.
 """
@@ -55,7 +55,7 @@ class DeviceProfile:
         if counts != needed:
             odd = min({*counts.items()} ^ {*needed.items()})[0]
             raise UserError(
-                f"measured on {shown(content['model'])}, not on this {name}: it has {counts.get(odd, 0)} modules of the "
+                f"measured on {shown(content['model'])}, not on this {name}: it has {counts.get(odd, 0)} modules of "
                 f"shape {shown(odd)!r}, this network {needed.get(odd, 0)}; make one with python -m supernet.profile"
             )
         self.curves = {}

@@ -3,8 +3,8 @@
     python -m supernet.retable output/best --cost-of device.json
     python -m supernet.retable output/best --dropout-ratio 0.95 --output other/mask_table.json
 
-The second line makes one for MACs, as reparam.py does. `--mask-table FILE` of the other programs takes a table that lies
-elsewhere.
+The second line makes one for MACs, as reparam.py does. `--mask-table FILE` of the other programs opens a table that is
+not beside the weights.
 """
 
 from __future__ import annotations
