@@ -247,7 +247,7 @@ def open_network(
 
 
 def add_cost_of(group: argparse._ArgumentGroup) -> None:
-    """What a mask table that is made without training is made for: --cost-of, --dropout-ratio."""
+    """--cost-of."""
     group.add_argument(
         "--cost-of",
         type=Path,
@@ -255,7 +255,6 @@ def add_cost_of(group: argparse._ArgumentGroup) -> None:
         help="device.json of python -m supernet.profile: the mask table is made for the time on that device (default: "
         "for MACs)",
     )
-    add_dropout_ratio(group, "MACs, or with --cost-of of the time,")
 
 
 def add_dropout_ratio(group: argparse._ArgumentGroup, of: str = "MACs") -> None:

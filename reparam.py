@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arguments import Parser, add_common_arguments, add_cost_of, decimal, open_network
+from arguments import Parser, add_common_arguments, add_cost_of, add_dropout_ratio, decimal, open_network
 from datasets import check_labels, eval_loader, open_splits, proxy_set
 from fidelity import Evaluator
 from files import check_output_dir
@@ -125,6 +125,7 @@ def parse_arguments() -> argparse.Namespace:
         help="with --method best: also write mask_table.json, sizes chosen by the loss of each dim, without training",
     )
     add_cost_of(group)
+    add_dropout_ratio(group, "MACs, or with --cost-of of the time,")
     args = parser.parse_args()
     if args.mask_table and args.method != "best":
         parser.error("--mask-table needs --method best: its sizes are for compensated sub-networks")

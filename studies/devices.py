@@ -31,7 +31,7 @@ from piad.mask_table import MaskTable
 from studies.common import RESULTS, Results, facts_of
 from supernet.device import DeviceProfile
 from supernet.profiling import measure_profile
-from supernet.timing import RUNTIMES, dtype_in_words, random_images, time_alternately
+from supernet.timing import RUNTIMES, dtype_in_words, time_networks
 from utils import init_processes, run_program, say, seed_everything
 
 NEAR = [0.8 + 0.05 * step for step in range(9)]  # times of the sizes to compare with, as predicted, of the wanted one
@@ -43,7 +43,7 @@ class Study:
     """The two tables of a network, its times and its fidelity."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args, self.device = args, device
+        self.args = args
         self.network = supernet.load(args.checkpoint)
         self.model = self.network.model.to(device)
         conditions = {"runtime": args.runtime, "dtype": dtype_in_words(self.model, args.amp)}
@@ -51,7 +51,7 @@ class Study:
         self.profile = self._given_profile(conditions) if args.cost_of else self._measured_profile()
         self.tables: dict[str, MaskTable] = {}
         for made_for, profile in (("time", self.profile), ("MACs", None)):
-            self.network.retable(profile, args.dropout_ratio)
+            self.network.retable(profile, 1.0)  # both reach any time
             self.tables[made_for] = self.network.table
         val = open_images(args.data_set, args.data_path, "val", args.index, 0)
         val = proxy_set(val, args.val_images, 0) if args.val_images else val
@@ -67,9 +67,13 @@ class Study:
         return profile
 
     def _measured_profile(self) -> DeviceProfile:
+        return measure_profile(self.model, self.network.name, **self.timing())
+
+    def timing(self) -> dict[str, Any]:
+        """How networks are timed."""
         args = self.args
         kind = {"batch_size": args.batch_size, "amp": args.amp, "runtime": args.runtime, "repeats": args.repeats}
-        return measure_profile(self.model, self.network.name, device=self.device, now=CLOCKS[args.clock], **kind)
+        return kind | {"now": CLOCKS[args.clock]}
 
     def measure(self, part: float) -> None:
         """Adds the rows of a share of the whole network's time, unless they are there: one for each table."""
@@ -79,7 +83,9 @@ class Study:
         own = self.nearest("time", wanted)
         near = sorted({self.nearest("MACs", wanted * factor) for factor in NEAR})
         sizes = {("time", own), *(("MACs", code) for code in near)}
-        seconds = self.seconds({size: self.tables[size[0]].widths(size[1]) for size in sizes})
+        networks = {size: self.tables[size[0]].widths(size[1]) for size in sizes}
+        found = time_networks(self.model, networks, **self.timing())
+        seconds = {size: statistics.median(times) for size, times in found.items()}
         rival = min(near, key=lambda code: abs(seconds["MACs", code] - seconds["time", own]))
         for made_for, code in (("time", own), ("MACs", rival)):
             widths = self.tables[made_for].widths(code)
@@ -102,14 +108,6 @@ class Study:
         """The op code of a table whose predicted time is nearest."""
         times = [self.profile.of(widths) for widths in self.tables[made_for].rows]
         return min(range(len(times)), key=lambda code: abs(times[code] - seconds))
-
-    def seconds(self, sizes: dict[Any, dict[str, int]]) -> dict[Any, float]:
-        """The median time of each size, measured in alternation."""
-        images = random_images(self.model, self.args.batch_size, self.device)
-        prepare = RUNTIMES[self.args.runtime]
-        calls = {size: prepare(extract(self.model, widths), images, self.args.amp) for size, widths in sizes.items()}
-        found = time_alternately(calls, self.device, repeats=self.args.repeats, warmup=3, now=CLOCKS[self.args.clock])
-        return {size: statistics.median(times) for size, times in found.items()}
 
     def loss(self, widths: dict[str, int]) -> float:
         """How far the sub-network is from the whole network, see LOSSES."""

@@ -34,7 +34,6 @@ def main() -> None:
     profile = measure_profile(
         network.model.to(device),
         network.name,
-        device=device,
         batch_size=args.batch_size,
         amp=args.amp,
         runtime=args.runtime,

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import supernet
-from arguments import Parser, add_cost_of
+from arguments import Parser, add_cost_of, add_dropout_ratio
 from piad.mask_table import MASK_TABLE
 from utils import run_program, say
 
@@ -39,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("mask table")
     group.add_argument("network", type=Path, metavar="NETWORK", help="folder of reparam.py --method best")
     add_cost_of(group)
+    add_dropout_ratio(group, "MACs, or with --cost-of of the time,")
     group.add_argument(
         "--output", type=Path, metavar="FILE", help=f"where to write to (default: {MASK_TABLE} beside the weights)"
     )

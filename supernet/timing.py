@@ -1,4 +1,4 @@
-"""Timing of anything that can be called, and models made ready to be timed on a runtime."""
+"""Timing of anything that can be called, and of models on a runtime."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import torch
 from torch import Tensor
 
 from models.backbone import Backbone
+from models.extraction import extract
 from utils import synchronize
 
-Call = Callable[[], Any]
+RUNTIMES = ("eager",)
 
 
 def time_alternately(
-    variants: dict[str, Call],
+    variants: dict[Any, Callable[[], Any]],
     device: torch.device,
     *,
     repeats: int,
     warmup: int,
     now: Callable[[], float] = time.perf_counter,
     before: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:
+) -> dict[Any, list[float]]:
     """Times several functions in alternation, so that changes in the speed of the machine affect all of them.
 
     A round runs every variant once; every other round runs them in the opposite order. The result of a variant is freed
@@ -41,7 +42,7 @@ def time_alternately(
     Returns:
         Name -> seconds in each timed round.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    seconds: dict[Any, list[float]] = {name: [] for name in variants}
     for round_number in range(warmup + repeats):
         names = list(variants) if round_number % 2 else list(variants)[::-1]
         for name in names:
@@ -57,6 +58,30 @@ def time_alternately(
     return seconds
 
 
+def time_networks(
+    model: Backbone,
+    networks: dict[Any, dict[str, int]],
+    *,
+    batch_size: int,
+    amp: torch.dtype | None,
+    runtime: str,
+    repeats: int,
+    warmup: int = 3,
+    now: Callable[[], float] = time.perf_counter,
+) -> dict[Any, list[float]]:
+    """Name -> seconds of each round, of sub-networks of a model at these widths, on random images on its device.
+
+    All of them are in memory at once, and take turns. amp: the dtype of autocast.  runtime: one of RUNTIMES.
+    """
+    device = next(model.parameters()).device
+    images = random_images(model, batch_size, device)
+    calls = {
+        name: partial(runner(extract(model, widths), batch_size, amp, runtime), images)
+        for name, widths in networks.items()
+    }
+    return time_alternately(calls, device, repeats=repeats, warmup=warmup, now=now)
+
+
 def random_images(model: Backbone, batch_size: int, device: torch.device) -> Tensor:
     """Images (B, C, height, width) as the model takes them, in the dtype of its weights."""
     size = (batch_size, model.in_chans, *model.patch_embed.img_size)
@@ -69,17 +94,20 @@ def dtype_in_words(model: Backbone, amp: torch.dtype | None) -> str:
     return f"{dtype}, autocast to {str(amp).removeprefix('torch.')}" if amp else dtype
 
 
-def eager(model: Backbone, images: Tensor, amp: torch.dtype | None) -> Call:
-    """A forward pass of PyTorch as it is."""
-    return partial(_forward, model.eval().to(images.device), images, amp)
+def runner(
+    model: Backbone, batch_size: int = 1, amp: torch.dtype | None = None, runtime: str = "eager"
+) -> Callable[[Tensor], Any]:
+    """What runs a model on a runtime, one of RUNTIMES: images (B, C, height, width), B = `batch_size`, to its output.
 
+    The images are on the model's device, in its dtype. amp: the dtype of autocast. Only what is returned is timed:
+    preparing the model may take as long as it needs.
+    """
+    model.eval()
+    device = next(model.parameters()).device.type
 
-@torch.inference_mode()
-def _forward(model: Backbone, images: Tensor, amp: torch.dtype | None) -> Tensor:
-    with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
-        return model(images)
+    @torch.inference_mode()
+    def run(images: Tensor) -> Tensor:
+        with torch.autocast(device, dtype=amp, enabled=amp is not None):
+            return model(images)
 
-
-# Runtime -> (model, images (B, C, height, width), dtype of autocast or None) -> a function that runs the model on the
-# images. What it returns is all that is timed; preparing the model may take as long as it likes.
-RUNTIMES: dict[str, Callable[[Backbone, Tensor, torch.dtype | None], Call]] = {"eager": eager}
+    return run

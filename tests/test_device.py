@@ -29,7 +29,6 @@ from supernet.profiling import measure_profile, measured_widths
 from supernet.tables import table_of_losses
 from utils import UserError, run_program
 
-CPU = torch.device("cpu")
 FACTS = {"format": 1, "model": "a", "device": "b", "runtime": "eager", "dtype": "float32", "batch_size": 1}
 
 
@@ -72,11 +71,11 @@ class Machine:
         self.seconds, self.rest, self.time = seconds, rest, 0.0
         self.runs = 0
 
-    def prepare(self, model: Backbone, images: torch.Tensor, _amp: torch.dtype | None) -> Callable[[], None]:
-        assert images.shape == (5, model.in_chans, *model.patch_embed.img_size)
+    def runner(self, model: Backbone, *_how: Any) -> Callable[[torch.Tensor], None]:
         widths = full_widths(model)
 
-        def run() -> None:
+        def run(images: torch.Tensor) -> None:
+            assert images.shape == (5, model.in_chans, *model.patch_embed.img_size)
             self.runs += 1
             drift = 1 + self.runs / 1e6  # the machine gets slower
             self.time += drift * (self.rest + sum(self.seconds(key, width) for key, width in widths.items()))
@@ -84,9 +83,8 @@ class Machine:
         return run
 
     def measure(self, model: Backbone, monkeypatch: pytest.MonkeyPatch) -> DeviceProfile:
-        monkeypatch.setitem(timing.RUNTIMES, "fake", self.prepare)
-        kind = {"device": CPU, "batch_size": 5, "runtime": "fake", "repeats": 2, "now": lambda: self.time}
-        return measure_profile(model, "tiny", **kind)
+        monkeypatch.setattr(timing, "runner", self.runner)
+        return measure_profile(model, "tiny", batch_size=5, runtime="fake", repeats=2, now=lambda: self.time)
 
 
 def step_and_slope(key: str, width: int) -> float:
