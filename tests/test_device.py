@@ -404,7 +404,7 @@ def test_the_study_compares_the_two_tables(
     monkeypatch.setattr(sys, "argv", ["devices.py", *map(str, arguments), "--output-dir", str(tmp_path)])
     devices.main()
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["file"] == "devices_tiny.json" and len(last["loss_ratios"]) == 1 and len(last["prediction_errors"]) == 2
+    assert last["file"] == "devices_tiny.json" and len(last["loss_ratios"]) == 1 and len(last["error_of_share"]) == 2
     content = json.loads((tmp_path / "devices_tiny.json").read_text())
     assert [row["made_for"] for row in content["rows"]] == ["time", "MACs"]
     assert len(devices.markdown(content).splitlines()) == 3
