@@ -122,7 +122,7 @@ def test_noise_makes_no_smaller_width_slower(backbone: Backbone, monkeypatch: py
     def noisy(key: str, width: int) -> float:
         return {0: 0.0, 4: 5e-3, 12: 4e-3}.get(width, 4.5e-3) if key.endswith("attn") else 1e-6 * width
 
-    profile = Machine(noisy, rest=0.0).measure(backbone, monkeypatch)
+    profile = Machine(noisy, rest=1e-3).measure(backbone, monkeypatch)
     times = [profile.of_module("0.attn", width) for width in (2, 4, 8, 12, 16)]
     assert times == sorted(times) and times[1] == pytest.approx(4.5e-3, rel=1e-3)
 
