@@ -246,14 +246,25 @@ def open_network(
     )
 
 
-def add_dropout_ratio(group: argparse._ArgumentGroup) -> None:
-    """--dropout-ratio."""
+def add_cost_of(group: argparse._ArgumentGroup) -> None:
+    """--cost-of."""
+    group.add_argument(
+        "--cost-of",
+        type=Path,
+        metavar="FILE",
+        help="device.json of python -m supernet.profile: the mask table is made for the time on that device (default: "
+        "for MACs)",
+    )
+
+
+def add_dropout_ratio(group: argparse._ArgumentGroup, of: str = "MACs") -> None:
+    """--dropout-ratio. of: what it is a share of, in words."""
     group.add_argument(
         "--dropout-ratio",
         type=share,
         default=0.875,
         metavar="R",
-        help="share of the MACs that the mask table can drop, r (default: %(default)s)",
+        help=f"share of the {of} that the mask table can drop, r (default: %(default)s)",
     )
 
 

@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from arguments import Parser, add_common_arguments, add_dropout_ratio, add_refit, decimal, open_network
+from arguments import (
+    Parser,
+    add_common_arguments,
+    add_cost_of,
+    add_dropout_ratio,
+    add_refit,
+    decimal,
+    open_network,
+)
 from datasets import check_labels, eval_loader, open_splits, proxy_set
 from fidelity import Evaluator
 from files import check_output_dir
@@ -53,6 +61,7 @@ def main() -> None:
     model = network.model.to(device)
     network.target = args.target or network.target
     check_target(model, network.target)
+    profile = network.profile(args.cost_of) if args.cost_of else None
     paper = args.method == "paper" and network.target == "logits" and labels
     cost = args.cost or ("logit" if paper else default_cost(network.target))
     check_cost(cost, network.target)
@@ -71,6 +80,7 @@ def main() -> None:
         order=args.order,
         damping=args.damping,
         dropout_ratio=args.dropout_ratio if args.mask_table else None,
+        profile=profile,
     )
     facts = facts_of(args, contraction) | {"cost": cost, "proxy_samples": len(proxy_images)}
     report(facts, network.target)
@@ -127,12 +137,15 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="with --method best: also write mask_table.json, sizes chosen by the loss of each dim, without training",
     )
-    add_dropout_ratio(group)
+    add_cost_of(group)
+    add_dropout_ratio(group, "MACs, or with --cost-of of the time,")
     args = parser.parse_args()
     if args.mask_table and args.method != "best":
         parser.error("--mask-table needs --method best: its sizes are for compensated sub-networks")
     if args.refit is not False and args.no_eval:
         parser.error("--refit is for the sub-networks of the evaluation: leave --no-eval out")
+    if args.cost_of and not args.mask_table:
+        parser.error("--cost-of says what --mask-table is made for: give both")
     basis, order = METHODS[args.method]
     args.basis, args.order = args.basis or basis, args.order or order
     return args

@@ -144,48 +144,6 @@ def cpu_seconds() -> float:
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": cpu_seconds}
 
 
-def time_alternately(
-    variants: dict[str, Callable[[], Any]],
-    device: torch.device,
-    *,
-    repeats: int,
-    warmup: int,
-    clock: str = "wall",
-    before: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:
-    """Times several functions in alternation, so that changes in the speed of the machine affect all of them.
-
-    A round runs every variant once; every other round runs them in the opposite order. The result of a variant is freed
-    after the clock has stopped.
-
-    Args:
-        variants: Name -> function to time.
-        device: Device to synchronize before and after each run.
-        repeats: Number of timed rounds.
-        warmup: Number of untimed rounds before them.
-        clock: Key of CLOCKS.
-        before: Called before each run, outside the measured time.
-
-    Returns:
-        Name -> seconds in each timed round.
-    """
-    now = CLOCKS[clock]
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for round_number in range(warmup + repeats):
-        names = list(variants) if round_number % 2 else list(variants)[::-1]
-        for name in names:
-            before()
-            synchronize(device)
-            start = now()
-            result = variants[name]()
-            synchronize(device)
-            elapsed = now() - start
-            del result
-            if round_number >= warmup:
-                seconds[name].append(elapsed)
-    return seconds
-
-
 def ratio(seconds: list[float], base: list[float]) -> float:
     """The median over the rounds of seconds / base, since the two runs of a round were close in time."""
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))

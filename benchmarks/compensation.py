@@ -16,11 +16,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import supernet
-from benchmarks.common import Row, make_model, milliseconds, random_batch, ratio, time_alternately, timing_numbers
+from benchmarks.common import CLOCKS, Row, make_model, milliseconds, random_batch, ratio, timing_numbers
 from benchmarks.training import statistics_work
 from models.backbone import full_widths
 from models.extraction import extract
 from supernet.contraction import contract_network, save_contracted
+from supernet.timing import time_alternately
 from wpac.compensation import COMPENSATION, compensate, save_compensation
 from wpac.statistics import Statistics, collect_statistics
 from wpac.transform import contract
@@ -47,7 +48,7 @@ def measure_compensation(args: argparse.Namespace, device: torch.device) -> list
     network = make_network(argparse.Namespace(**{**vars(args), "model": name}), device)
     statistics = collect_statistics(network.model, [random_batch(network.model, 8, device)], outputs=True)
     factorise = {"factorise": partial(contract_and_compensate, network.model, statistics)}
-    seconds = time_alternately(factorise, device, repeats=1, warmup=0, clock=args.clock)["factorise"]
+    seconds = time_alternately(factorise, device, repeats=1, warmup=0, now=CLOCKS[args.clock])["factorise"]
     rows = [Row(f"bases, orders, factors, {name}", "-", milliseconds(seconds) / 1e3, 60, unit="s")]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -68,7 +69,7 @@ def _measure_extraction(
         "the same, read from its folder": partial(supernet.load, folder / "sub"),
     }
     goals = dict(zip(functions, (2000, 100), strict=True))
-    seconds = time_alternately(functions, device, repeats=3, warmup=1, clock=args.clock)
+    seconds = time_alternately(functions, device, repeats=3, warmup=1, now=CLOCKS[args.clock])
     return [
         Row(
             f"{what}, {args.extraction_model}, {share:g} of the dims",
@@ -97,7 +98,7 @@ def measure_sizes(args: argparse.Namespace, device: torch.device) -> list[Row]:
 
     with tempfile.TemporaryDirectory() as folder:
         variants = {"plain": statistics_work(args, device)["plain"], "sizes": partial(sizes, Path(folder))}
-        seconds = time_alternately(variants, device, repeats=min(args.repeats, 3), warmup=0, clock=args.clock)
+        seconds = time_alternately(variants, device, repeats=min(args.repeats, 3), warmup=0, now=CLOCKS[args.clock])
     what = f"from weights to {SIZES} folders, none trained, {args.model}, {args.images} images"
     time = ratio(seconds["sizes"], seconds["plain"])
     return [Row(what, "forward + backward, time", time, 2, numbers=timing_numbers(seconds, "plain"))]

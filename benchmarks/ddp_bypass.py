@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common import (
+    CLOCKS,
     Row,
     describe_machine,
     make_model,
@@ -42,12 +43,12 @@ from benchmarks.common import (
     random_batch,
     ratio,
     report,
-    time_alternately,
     timing_numbers,
 )
 from benchmarks.sizes import tables
 from models.backbone import full_widths
 from models.elastic import Switched, make_elastic, set_widths
+from supernet.timing import time_alternately
 from utils import run_program
 
 
@@ -113,7 +114,7 @@ def rank_work(rank: int, args: argparse.Namespace, results: Path) -> None:
     timeout = datetime.timedelta(minutes=5)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=args.processes, timeout=timeout)
     try:
-        rounds = {"repeats": args.repeats, "warmup": max(2, args.warmup), "clock": args.clock}
+        rounds = {"repeats": args.repeats, "warmup": max(2, args.warmup), "now": CLOCKS[args.clock]}
         seconds = time_alternately(variants(args, rank, device), device, **rounds, before=dist.barrier)
         slowest = torch.tensor(list(seconds.values()), dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)

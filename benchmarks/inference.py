@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from benchmarks.common import (
+    CLOCKS,
     ROOT,
     Row,
     give_memory_back,
@@ -22,13 +23,13 @@ from benchmarks.common import (
     milliseconds,
     random_batch,
     ratio,
-    time_alternately,
     timing_numbers,
 )
 from benchmarks.sizes import half_widths, tables, thinnest_widths
 from models.extraction import extract
 from models.macs import count_macs
 from piad.mask_table import MaskTable
+from supernet.timing import time_alternately
 
 PLACES = (0, 0.25, 0.5, 0.75, 1)  # of the extracted op codes, as a share of the length of the table
 
@@ -51,7 +52,7 @@ def measure_forward(args: argparse.Namespace, device: torch.device) -> list[Row]
             variants = {name: partial(forward, model, images) for name, model in models.items()}
             # Small batches take less time, and their times vary more.
             repeats = args.repeats * max(1, min(8, 64 // batch_size))
-            seconds = time_alternately(variants, device, repeats=repeats, warmup=args.warmup, clock=args.clock)
+            seconds = time_alternately(variants, device, repeats=repeats, warmup=args.warmup, now=CLOCKS[args.clock])
             full, fixed = milliseconds(seconds["stock"]), milliseconds(seconds["thinnest"])
             share, thin_share = (count_macs(model) / count_macs(stock) for model in (small, thin))
             # On the line through (MACs share, time) of the thinnest and of the whole model.
@@ -93,7 +94,7 @@ def measure_extraction(args: argparse.Namespace, device: torch.device) -> list[R
         many_code = many.rows.index(few.rows[few_code])  # the same widths
         variants = extraction_work(model, few, few_code, many, many_code)
         # As in a first extraction: reusing the memory of the previous one would avoid page faults.
-        rounds = {"repeats": args.repeats, "warmup": args.warmup, "clock": args.clock}
+        rounds = {"repeats": args.repeats, "warmup": args.warmup, "now": CLOCKS[args.clock]}
         seconds = time_alternately(variants, device, **rounds, before=give_memory_back)
         size_ratios += [ratio(seconds[f"{kind}_many"], seconds[f"{kind}_few"]) for kind in ("own", "shared")]
         for kind, name in (("own", "own memory"), ("shared", "shared memory")):
@@ -154,7 +155,7 @@ def measure_start(args: argparse.Namespace, _device: torch.device) -> list[Row]:
     rows = []
     for program in ("main.py", "reparam.py"):
         variants = {"help": partial(run_python, program, "--help"), "import": partial(run_python, "-c", IMPORTS)}
-        seconds = time_alternately(variants, cpu, repeats=args.repeats, warmup=1, clock=args.clock)
+        seconds = time_alternately(variants, cpu, repeats=args.repeats, warmup=1, now=CLOCKS[args.clock])
         slowest = ", ".join(f"{name} {ms:.0f}" for name, ms in slowest_imports(program))
         rows.append(
             Row(

@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from benchmarks.common import (
+    CLOCKS,
     Row,
     describe_machine,
     make_model,
@@ -31,7 +32,6 @@ from benchmarks.common import (
     random_batch,
     ratio,
     report,
-    time_alternately,
     timing_numbers,
 )
 from benchmarks.sizes import tables
@@ -42,6 +42,7 @@ from models.macs import count_macs
 from piad.mask_table import MaskTable
 from report.plots import plot_latency
 from supernet.contraction import network_of
+from supernet.timing import time_alternately
 from utils import run_program
 
 MODES = ("eager", "compile")
@@ -71,7 +72,7 @@ def measure_sizes(
         str(code): partial(forward, compiled(model) if mode == "compile" else model, images, amp)
         for code, model in models.items()
     }
-    seconds = time_alternately(variants, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)
+    seconds = time_alternately(variants, device, repeats=args.repeats, warmup=args.warmup, now=CLOCKS[args.clock])
     rows, larger = [], None
     for code, model in models.items():
         own, whole = seconds[str(code)], seconds["0"]
@@ -112,7 +113,9 @@ def measure_steps(
                 # In a Swin, only the stages of the smallest width are cut.
                 cut = {key: kept for key, most in full.items() if key.endswith(kind) and most == least}
                 variants[name] = partial(forward, extract(model, full | cut), images, amp)
-            seconds = time_alternately(variants, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)
+            seconds = time_alternately(
+                variants, device, repeats=args.repeats, warmup=args.warmup, now=CLOCKS[args.clock]
+            )
             rows.append(
                 Row(
                     f"batch {batch_size}, {width - 4} {what}",

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 from benchmarks.common import (
+    CLOCKS,
     Row,
     describe_machine,
     make_model,
@@ -28,7 +29,6 @@ from benchmarks.common import (
     random_batch,
     ratio,
     report,
-    time_alternately,
     timing_numbers,
 )
 from benchmarks.sizes import half_widths
@@ -36,6 +36,7 @@ from models.backbone import full_widths
 from models.extraction import extract
 from models.macs import count_macs
 from piad.importance import Batches, module_sensitivity
+from supernet.timing import time_alternately
 from utils import run_program
 
 TOLERANCE = 1e-6
@@ -64,7 +65,7 @@ def main() -> None:
         "plain": lambda: plain_gammas(networks_without(whole, widths), batches),
         "plain_forwards": partial(plain_gammas, extracted, batches),
     }
-    seconds = time_alternately(variants, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)
+    seconds = time_alternately(variants, device, repeats=args.repeats, warmup=args.warmup, now=CLOCKS[args.clock])
 
     name = f"module sensitivity, {args.model}, {args.images} images"
     branches = sum(width > 0 for width in widths.values())

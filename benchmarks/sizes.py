@@ -6,7 +6,7 @@ import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
 from models.backbone import full_widths, modules_of
-from models.macs import count_macs
+from models.macs import count_macs, macs_per_dim
 from piad.dropout_list import UNITS, grow, units_of
 from piad.mask_table import MaskTable
 
@@ -52,7 +52,7 @@ def tables(model: VisionTransformer, op_codes: tuple[int, int], seed: int) -> tu
     """
     generator = np.random.default_rng(seed)
     full, units = full_widths(model), units_of(model)
-    macs = units.macs_per_dim
+    macs = {key: macs_per_dim(module) for key, module in modules_of(model).items()}
     importance = {key: macs[key] * np.sort(generator.random(width))[::-1] for key, width in full.items()}
     whole = grow(MaskTable([full]), importance, units, 0.875 * count_macs(model))
     few, more = op_codes

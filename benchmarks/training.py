@@ -22,7 +22,6 @@ from benchmarks.common import (
     peak_bytes,
     random_batch,
     ratio,
-    time_alternately,
     timing_numbers,
 )
 from benchmarks.sizes import half_widths
@@ -33,6 +32,7 @@ from models.macs import count_macs, count_params
 from models.targets import COSTS
 from models.taylor import collect
 from piad.distillation import Distillation, Teacher
+from supernet.timing import time_alternately
 from utils import synchronize
 from wpac.statistics import collect_statistics
 
@@ -43,7 +43,7 @@ from wpac.statistics import collect_statistics
 def measure_statistics(args: argparse.Namespace, device: torch.device) -> list[Row]:
     """Time and peak memory of collect_statistics(), compared with a plain forward and backward pass."""
     work = statistics_work(args, device)
-    seconds = time_alternately(work, device, repeats=args.repeats, warmup=1, clock=args.clock)
+    seconds = time_alternately(work, device, repeats=args.repeats, warmup=1, now=CLOCKS[args.clock])
     peaks = {name: in_new_process(statistics_peak, args, name) for name in work}
     sums, outputs = (milliseconds(seconds[k]) - milliseconds(seconds["gradients"]) for k in ("statistics", "outputs"))
     images = f"{args.model}, {args.images} images"
@@ -188,7 +188,7 @@ def measure_teacher(args: argparse.Namespace, device: torch.device) -> list[Row]
     base = Step(super_network, batch, device, full_widths(model))
     forward = partial(torch.inference_mode()(model.eval()), batch[0])
     work = {"step": step, "base": base, "forward": forward}
-    seconds = time_alternately(work, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)
+    seconds = time_alternately(work, device, repeats=args.repeats, warmup=args.warmup, now=CLOCKS[args.clock])
     step_ms, base_ms, forward_ms = (milliseconds(seconds[name]) for name in work)
     return [
         Row(
@@ -226,7 +226,7 @@ def measure_half_step(args: argparse.Namespace, device: torch.device) -> list[Ro
 def _compared_steps(
     args: argparse.Namespace, device: torch.device, what: str, against: str, step: Step, base: Step, goal: float
 ) -> Row:
-    rounds = {"repeats": args.repeats, "warmup": args.warmup, "clock": args.clock}
+    rounds = {"repeats": args.repeats, "warmup": args.warmup, "now": CLOCKS[args.clock]}
     seconds = time_alternately({"step": step, "base": base}, device, **rounds)
     timed = {"step": partial(step.timed, CLOCKS[args.clock]), "base": partial(base.timed, CLOCKS[args.clock])}
     time_alternately(timed, device, repeats=max(3, args.repeats // 3), warmup=0)

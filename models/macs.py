@@ -40,6 +40,11 @@ def fixed_macs(module: Module, convention: str = "linear") -> int:
     return module.heads * module.head_dim * (2 * module.dim * module.tokens + products)
 
 
+def module_macs(module: Module, width: int, convention: str = "linear") -> int:
+    """MACs per image of a module at a width: 0 at width 0."""
+    return fixed_macs(module, convention) + macs_per_dim(module, convention) * width if width else 0
+
+
 def count_macs(model: Backbone, widths: dict[str, int] | None = None, convention: str = "linear") -> int:
     """MACs per image of a model, or of its sub-network at `widths` (without extracting it).
 
@@ -65,9 +70,7 @@ def count_macs(model: Backbone, widths: dict[str, int] | None = None, convention
     macs += sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))
     macs += _merging_macs(model) + _pooling_macs(model, convention)
     for key, module in modules_of(model).items():
-        width = module.width if widths is None else widths[key]
-        if width:
-            macs += fixed_macs(module, convention) + macs_per_dim(module, convention) * width
+        macs += module_macs(module, module.width if widths is None else widths[key], convention)
     return macs
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.backbone import Backbone
+from models.backbone import Backbone, modules_of
+from models.macs import macs_per_dim
 from models.subnetwork import blocks_of, cuts_v_alone
 from utils import UserError
 
@@ -25,7 +26,7 @@ class NoDropout(ProgressiveDropout):
 
     def __init__(self, model: Backbone, proxy: Batches, *, ratio: float, table: MaskTable | None, **more: Any):
         super().__init__(model, proxy, ratio=ratio, table=table, **more)
-        modules = sum(self.units.macs(key, width) for key, width in self.table.widths(0).items())
+        modules = self.units.total(self.table.widths(0))
         self.share = min(1.0, ratio * self.network_macs / modules)  # `ratio` as a share of the MACs of the modules
         if table is None:
             self.table = self.initial_table()
@@ -109,7 +110,8 @@ class WeightedChannelDropout(ChannelDropout):
         """The table of PIAD, grown at once."""
         importance = importance_of_dims(self.model.eval(), self.proxy)
         table = grow(self.table, importance, self.units, self.ratio * self.network_macs)
-        sizes, macs = self.units.sizes, self.units.macs_per_dim
+        sizes = self.units.sizes
+        macs = {key: macs_per_dim(module) for key, module in modules_of(self.model).items()}
         totals = {key: importance[key].reshape(-1, size).sum(1) for key, size in sizes.items()}  # (units,)
         density = np.concatenate([totals[key] / (size * macs[key]) for key, size in sizes.items()])
         ranks = np.argsort(np.argsort(-density, kind="stable"))  # 0 for the most important

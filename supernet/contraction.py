@@ -18,21 +18,21 @@ from datasets import preprocessing as default_preprocessing
 from files import write_text
 from image_folders import image_files
 from models.backbone import Backbone, check_supported, create_backbone, full_widths, modules_of
-from models.macs import count_macs
 from models.targets import check_cost, check_target, default_cost, default_target, output_of
-from piad.dropout_list import grow, units_of
 from piad.mask_table import MASK_TABLE, MaskTable
 from utils import UserError, is_main_process, progress_bar, say
-from wpac.allocation import dim_errors
+from wpac.allocation import DIM_LOSSES, dim_errors, save_dim_losses
 from wpac.compensation import COMPENSATION, DAMPING, compensate, save_compensation
 from wpac.statistics import collect_statistics
 from wpac.transform import contract as contract_weights
 
 from .amounts import format_amount
+from .device import DeviceProfile
 from .facts import plain, stamp_of
 from .latency import LATENCY
 from .network import Network
 from .saving import CONTRACTED, save_weights
+from .tables import DROPOUT_RATIO, table_of_losses
 
 # method: basis of attention dims and order of hidden units.
 METHODS = {"paper": ("wpac", "taylor"), "best": ("fisher", "fisher")}
@@ -60,7 +60,7 @@ def contract(
     *,
     method: str = "best",
     target: str | None = None,
-    dropout_ratio: float = 0.92,
+    dropout_ratio: float = DROPOUT_RATIO,
     samples: int = 1024,
     batch_size: int = 64,
     model_kwargs: dict[str, Any] | None = None,
@@ -97,13 +97,15 @@ def contract_network(
     order: str | None = None,
     damping: float = DAMPING,
     dropout_ratio: float | None = None,
+    profile: DeviceProfile | None = None,
 ) -> Contraction:
     """Contracts a network for its target, in place, and checks that the target stays what it was.
 
     batches: images (B, C, height, width) and labels (B,), which only the costs of models.targets.LABELLED use.
     cost: a key of models.targets.COSTS (default: one that needs no labels).  basis, order: instead of the method's
     (wpac.transform.contract()).  dropout_ratio: with method "best", also make a mask table that can drop this share of
-    the MACs. Raises UserError for a target or a cost that do not fit, and where the output changes by more than LIMIT
+    the MACs, or of the time that the profile says.
+    Raises UserError for a target or a cost that do not fit, and where the output changes by more than LIMIT
     or is not finite.
     """
     model, target = network.model, network.target
@@ -126,9 +128,9 @@ def contract_network(
     statistics = collect_statistics(model, bar, cost, squared=order == "hessian", outputs=outputs, target=target)
     seconds = time.perf_counter() - start
     spectra = contract_weights(model, statistics, basis, order, damping)
-    errors, without = {}, []
+    losses, without = None, []
     if method == "best":
-        errors = dim_errors(model, statistics, damping) if dropout_ratio is not None else {}
+        losses = dim_errors(model, statistics, damping)
         for key in [*statistics.outputs]:  # the moments of a module leave as its factor comes
             without += compensate(model, {key: statistics.outputs.pop(key)}, damping)
     difference = ((_output(model, probe, target) - before).abs().max() / before.abs().max()).item()
@@ -140,9 +142,9 @@ def contract_network(
     network.method, network.averaged = method, network.averaged
     network.stamp = stamp_of(model.parameters())
     network.grade = "compensated" if method == "best" else "cut"
-    if errors:
-        whole = MaskTable([full_widths(model)], {"made_by": "contraction, without training", "stamp": network.stamp})
-        network.table = grow(whole, errors, units_of(model), dropout_ratio * count_macs(model))
+    network.dim_losses = losses
+    if losses and dropout_ratio is not None:
+        network.table = table_of_losses(model, losses, network.stamp, dropout_ratio, profile)
     return Contraction(spectra, difference, without, seconds)
 
 
@@ -152,14 +154,16 @@ def _output(model: Backbone, images: Tensor, target: str) -> Tensor:
 
 
 def save_contracted(network: Network, folder: Path, facts: dict[str, Any], with_table: bool) -> None:
-    """Writes contracted.safetensors and .json and, of method "best", compensation.safetensors and mask_table.json.
+    """Writes contracted.safetensors and .json, and what the method "best" adds.
+
+    That is compensation.safetensors, dim_losses.safetensors and, with_table, mask_table.json.
 
     facts: plain values to add to contracted.json. What an earlier contraction left in the folder is removed first, so
     that nothing there belongs to other weights. On the main process.
     """
     if not is_main_process():
         return
-    for stale in (COMPENSATION, MASK_TABLE, LATENCY):
+    for stale in (COMPENSATION, DIM_LOSSES, MASK_TABLE, LATENCY):
         (folder / stale).unlink(missing_ok=True)
     save_weights(folder / CONTRACTED, network.model)
     write_text((folder / CONTRACTED).with_suffix(".json"), json.dumps(network.describe() | facts, indent=1) + "\n")
@@ -167,6 +171,7 @@ def save_contracted(network: Network, folder: Path, facts: dict[str, Any], with_
     if network.method == "best":
         size = save_compensation(folder / COMPENSATION, network.model, network.stamp)
         say(f"written: {folder / COMPENSATION}, {format_amount(size, 'B')}")
+        save_dim_losses(folder / DIM_LOSSES, network.dim_losses, network.stamp)
     if with_table:
         network.table.save(folder / MASK_TABLE)
         say(f"written: {folder / MASK_TABLE}, {len(network.table)} sizes, without training")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
@@ -17,11 +18,14 @@ from models.extraction import extract
 from piad.mask_table import MaskTable
 from pixels import image_mode, to_pixels
 from wpac import refit as refitting
+from wpac.allocation import DIM_LOSSES, load_dim_losses
 
-from .facts import plain
+from .device import DeviceProfile
+from .facts import plain, stamp_of
 from .latency import LATENCY, Latencies
 from .saving import save_subnetwork
 from .selection import count_sizes, evenly_spaced, largest_within
+from .tables import DROPOUT_RATIO, table_of_losses
 
 
 @dataclass
@@ -35,7 +39,8 @@ class Network:
     was made: "paper", "best", "piad", or None.  grade: of its sub-networks, "cut" or "compensated"; of a sub-network,
     how it was made.  averaged: whether these are averaged (EMA) weights.  stamp: what the mask table and the
     compensation that belong to the weights carry, too.  source: the file of the weights.  facts: everything else that
-    is written down with the weights.
+    is written down with the weights.  dim_losses: module key -> (width,), how much the loss rises with each dim that is
+    cut, after contraction by the method "best"; otherwise retable() reads them beside the weights.
     """
 
     model: Backbone = field(repr=False)
@@ -51,6 +56,7 @@ class Network:
     source: Path | None = None
     is_subnetwork: bool = False
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
+    dim_losses: dict[str, np.ndarray] | None = field(default=None, repr=False)
 
     def describe(self) -> dict[str, Any]:
         """What is written with weights of this network, so that they say what they are: plain values."""
@@ -119,6 +125,26 @@ class Network:
         path = folder / LATENCY if folder else None
         return Latencies(self.model, self.table, batch_size=batch_size, amp=amp, device=device, path=path)
 
+    def retable(self, profile: DeviceProfile | None = None, dropout_ratio: float = DROPOUT_RATIO) -> None:
+        """Makes the mask table of a network that the method "best" contracted anew, without images, in seconds.
+
+        profile: of the device that the sub-networks are for, so that dims leave by their loss per second (default: by
+        their loss per MAC).  dropout_ratio: share of the time, or of the MACs, that the table can drop.
+        Raises UserError where the loss of each dim is not kept beside the weights.
+        """
+        stamp = self.stamp or stamp_of(self.model.parameters())
+        if self.dim_losses is None:
+            folder = self.source.parent if self.source else Path()
+            self.dim_losses = load_dim_losses(folder / DIM_LOSSES, self.model, stamp)
+        self.table = table_of_losses(self.model, self.dim_losses, stamp, dropout_ratio, profile)
+
+    def profile(self, path: Path | str) -> DeviceProfile:
+        """The times of this network in a device.json, which python -m supernet.profile writes.
+
+        Raises UserError for a file that is damaged or of another network.
+        """
+        return DeviceProfile.load(Path(path), self.model, self.name)
+
     def cut(
         self,
         op_code: int = 0,
@@ -143,7 +169,8 @@ class Network:
         """cut() as a network of its own, of one size; grade: how it is made."""
         small = self.cut(op_code)
         table, facts = MaskTable([full_widths(small)]), {"op_code": op_code}
-        return replace(self, model=small, table=table, grade=grade, is_subnetwork=True, averaged=False, facts=facts)
+        more = {"is_subnetwork": True, "averaged": False, "facts": facts, "dim_losses": None}
+        return replace(self, model=small, table=table, grade=grade, **more)
 
     def grade_of(self, small: Backbone) -> str:
         """How a sub-network that cut() gave was made."""

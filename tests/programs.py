@@ -22,7 +22,7 @@ import supernet
 from files import load_checkpoint
 from models.backbone import create_backbone
 from report import page
-from supernet import saving
+from supernet import profile, retable, saving
 from utils import run_program
 
 ROOT = Path(main.__file__).parent
@@ -31,6 +31,8 @@ PROGRAMS = {
     "reparam.py": reparam.main,
     "page.py": page.main,
     "export.py": export.main,
+    "supernet.profile": profile.main,
+    "supernet.retable": retable.main,
 }
 
 # The smallest plain ViT that has whole units: head dim 16, 192 hidden units, 5 tokens.

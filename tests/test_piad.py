@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from models.backbone import Module, create_backbone, full_widths, modules_of
 from models.extraction import extract
 from models.macs import count_macs
-from piad.dropout_list import UNITS, Units, grow, leaving_order, pool_units, unit_sizes, units_of
+from piad.dropout_list import UNITS, Units, grow, leaving_order, pool_units, rounded_unit_sizes, unit_sizes, units_of
 from piad.importance import dimension_importance, importance_of_dims, module_sensitivity
 from piad.mask_table import MaskTable
 from piad.sampling import draw_by_log_macs, draw_op_code
@@ -64,7 +64,12 @@ def networks(draw):
         fixed[key] = draw(st.sampled_from([0, 0, 30]))
         if widths[key]:
             importance[key] = np.array(draw(st.lists(DENSITIES, min_size=widths[key], max_size=widths[key])))
-    return widths, importance, Units(sizes, macs, fixed)
+    return widths, importance, linear(sizes, macs, fixed)
+
+
+def linear(sizes: dict[str, int], per_dim: dict[str, int], fixed: dict[str, int] | None = None) -> Units:
+    """Units whose costs are proportional to the width, plus what a module costs at any width above 0."""
+    return Units(sizes, lambda key, width: width * per_dim[key] + (fixed or {}).get(key, 0) if width else 0)
 
 
 @given(networks())
@@ -77,10 +82,10 @@ def test_no_unit_leaves_before_those_behind_it(network):
         assert step.dims % units.sizes[step.key] == 0
         # The dims that leave are the tail of those that are kept, and the density is that of exactly these dims.
         leaving = importance[step.key][kept[step.key] - step.dims : kept[step.key]]
-        last = step.dims == kept[step.key]
-        macs = step.dims * units.macs_per_dim[step.key] + last * units.fixed_macs[step.key]
-        assert step.density == pytest.approx(leaving.sum() / macs, rel=1e-9, abs=1e-12)
+        before = units.cost(step.key, kept[step.key])
         kept[step.key] -= step.dims
+        cost = before - units.cost(step.key, kept[step.key])
+        assert step.density == pytest.approx(leaving.sum() / cost, rel=1e-9, abs=1e-12)
     assert not any(kept.values())
     assert [step.density for step in steps] == sorted(step.density for step in steps)
 
@@ -88,7 +93,7 @@ def test_no_unit_leaves_before_those_behind_it(network):
 def test_equal_densities_keep_the_order_of_the_modules():
     widths = {"0.attn": 2, "0.mlp": 2, "1.attn": 1}
     importance = {key: np.ones(width) for key, width in widths.items()}
-    steps = leaving_order(widths, importance, Units(dict.fromkeys(widths, 1), dict.fromkeys(widths, 1)))
+    steps = leaving_order(widths, importance, linear(dict.fromkeys(widths, 1), dict.fromkeys(widths, 1)))
     assert [step.key for step in steps] == ["0.attn", "0.attn", "0.mlp", "0.mlp", "1.attn"]
 
 
@@ -96,7 +101,7 @@ def test_macs_weigh_the_importance():
     """The expensive module leaves first, although the cheap one is less important."""
     widths = {"0.attn": 1, "0.mlp": 1}
     importance = {"0.attn": np.array([1.0]), "0.mlp": np.array([2.0])}
-    steps = leaving_order(widths, importance, Units({"0.attn": 1, "0.mlp": 1}, {"0.attn": 1, "0.mlp": 4}))
+    steps = leaving_order(widths, importance, linear({"0.attn": 1, "0.mlp": 1}, {"0.attn": 1, "0.mlp": 4}))
     assert [(step.key, step.density) for step in steps] == [("0.mlp", 0.5), ("0.attn", 1.0)]
 
 
@@ -107,7 +112,7 @@ def test_macs_weigh_the_importance():
 @given(networks(), st.integers(1, 4), st.floats(0.05, 1.2), st.randoms(use_true_random=False))
 def test_the_table_grows_to_its_target_each_epoch(network, epochs, ratio, random):
     widths, _, units = network
-    total = sum(units.macs(key, width) for key, width in widths.items())
+    total = units.total(widths)
     table = MaskTable([widths], {"model": "tiny"})
     for epoch in range(epochs):
         target = ratio * (epoch + 1) / epochs * total
@@ -119,7 +124,7 @@ def test_the_table_grows_to_its_target_each_epoch(network, epochs, ratio, random
         assert grown.rows[: len(before)] == before  # and its rows are kept
         assert grown.meta == {"model": "tiny"}
 
-        removed = [total - sum(units.macs(key, width) for key, width in row.items()) for row in grown.rows]
+        removed = [total - units.total(row) for row in grown.rows]
         assert removed[-1] >= target or not any(grown.widths(-1).values())
         new = len(grown) - len(before)
         assert all(macs < target for macs in removed[len(before) - 1 : -1])  # and not a step further
@@ -133,7 +138,7 @@ def test_the_table_grows_to_its_target_each_epoch(network, epochs, ratio, random
 def test_the_table_ends_with_an_empty_network():
     table = MaskTable([{"0.attn": 8, "0.mlp": 32}])
     importance = {"0.attn": np.arange(8.0, 0, -1), "0.mlp": np.arange(32.0, 0, -1)}
-    units = Units({"0.attn": 1, "0.mlp": 1}, {"0.attn": 3, "0.mlp": 1})
+    units = linear({"0.attn": 1, "0.mlp": 1}, {"0.attn": 3, "0.mlp": 1})
     empty = grow(table, importance, units, 1e9)
     assert empty.widths(-1) == {"0.attn": 0, "0.mlp": 0}
     assert len(empty) == 1 + 8 + 32
@@ -157,16 +162,47 @@ def test_units_account_for_all_macs_of_the_modules(qk_norm):
     model = random_backbone(qk_norm=qk_norm)
     units, full = units_of(model), full_widths(model)
     assert units.sizes == unit_sizes(modules_of(model))
-    assert any(units.fixed_macs.values()) == qk_norm
+    assert (units.cost("0.attn", 2) < 2 * units.cost("0.attn", 1)) == qk_norm
     empty = count_macs(model, dict.fromkeys(full, 0))
     for widths in (full, {key: units.sizes[key] for key in full}, full | {"0.attn": 0}):
-        assert sum(units.macs(key, width) for key, width in widths.items()) == count_macs(model, widths) - empty
+        assert units.total(widths) == count_macs(model, widths) - empty
 
 
 @pytest.mark.parametrize(("kind", "width", "size"), [("mlp", 4304, 269), ("mlp", 2730, 91), ("attn", 12, 2)])
 def test_fewer_units_where_a_width_does_not_divide(kind, width, size):
     """As in timm's so400m (4,304 hidden units): the most that divide it."""
     assert unit_sizes({f"0.{kind}": Module(f"0.{kind}", 0, kind, width, heads=1, dim=8)}) == {f"0.{kind}": size}
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "edges"),
+    [
+        ("mlp", 4304, [0, 136, ..., 4080, 4216, 4304]),  # SigLIP-so400m
+        ("attn", 72, [0, 8, ..., 56, 64, 72]),
+        ("mlp", 2730, [0, 88, ..., 2552, 2640, 2728, 2730]),
+        ("mlp", 1536, [0, 48, ..., 1440, 1488, 1536]),
+        ("attn", 64, [0, 8, ..., 48, 56, 64]),
+        ("attn", 32, [0, 4, ..., 24, 28, 32]),  # a multiple of 8 would halve the number of units
+        ("attn", 11, [0, 2, ..., 8, 10, 11]),
+    ],
+)
+def test_units_for_a_device_are_multiples_of_8_and_the_last_may_be_shorter(kind, width, edges):
+    key = f"0.{kind}"
+    sizes = rounded_unit_sizes({key: Module(key, 0, kind, width, heads=1, dim=8)})
+    units = linear(sizes, {key: 1})
+    found = units.edges(key, width)
+    assert [*found[:2], ..., *found[2 - len(edges) + 1 :]] == edges
+    importance = {key: np.arange(width, 0.0, -1)}
+    steps = leaving_order({key: width}, importance, units)
+    assert [width - edge for edge in found[::-1]] == [0, *np.cumsum([step.dims for step in steps])]
+
+
+def test_units_that_save_nothing_leave_with_the_next_one_that_does():
+    """A device may take as long for 3 units as for 2: the third leaves together with the second."""
+    seconds = [0.0, 1.0, 2.0, 2.0]
+    units = Units({"0.attn": 1}, lambda _key, width: seconds[width])
+    steps = leaving_order({"0.attn": 3}, {"0.attn": np.array([9.0, 2.0, 1.0])}, units)
+    assert [(step.dims, step.density) for step in steps] == [(2, pytest.approx(3.0)), (1, pytest.approx(9.0))]
 
 
 @pytest.mark.parametrize(

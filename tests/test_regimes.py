@@ -40,7 +40,7 @@ def kept_share(regime: ProgressiveDropout) -> float:
             key = f"{index}.{kind}"
             mask = getattr(regime, "masks", {}).get(key)
             kept[key] = module.width if mask is None else int(mask.sum()) * regime.units.sizes[key]
-    macs = [sum(regime.units.macs(key, width) for key, width in widths.items()) for widths in (kept, full)]
+    macs = [regime.units.total(widths) for widths in (kept, full)]
     return macs[0] / macs[1]
 
 
