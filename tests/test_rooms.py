@@ -26,7 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"training", "piad", "datasets", "logs", "files", "utils"},
     "fidelity": {"engine", "models", "utils"},
     "arguments": {"supernet", "models", "datasets", "utils"},
-    "main_arguments": {"arguments", "piad"},
+    "size_arguments": {"supernet", "models"},
+    "main_arguments": {"arguments", "size_arguments", "piad"},
     "main_training": {"engine", "training", "fidelity", "supernet", "piad", "models", "utils"},
 }
 ALLOWED["report"] = {*ALLOWED} - {"training", "main_training", "logs"}
