@@ -56,6 +56,7 @@ def write_onnx_graph(graph: torch.export.ExportedProgram, path: Path, output: st
             f=path,
             input_names=[IMAGES],
             output_names=[output],
+            dynamic_shapes=({0: BATCH},) if graph.range_constraints else None,  # again, or the axis has another name
             opset_version=OPSET,
             dynamo=True,
             external_data=sum(value.nbytes for value in graph.state_dict.values()) > LARGEST_FILE,

@@ -46,7 +46,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[float], float]
     def put(seconds_of: Callable[[float], float]) -> list[int]:
         measured: list[int] = []
 
-        def measure(model: VisionTransformer, batch_size: int, amp: torch.dtype | None) -> float:
+        def measure(model: VisionTransformer, batch_size: int, amp: torch.dtype | None, runtime: str) -> float:
             measured.append(count_macs(model))
             return seconds_of(measured[-1]) * batch_size
 

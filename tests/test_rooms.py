@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "fidelity": {"engine", "models", "utils"},
     "arguments": {"supernet", "models", "datasets", "utils"},
     "size_arguments": {"supernet", "models"},
+    "export_arguments": {"arguments", "size_arguments", "supernet", "files", "utils"},
     "main_arguments": {"arguments", "size_arguments", "piad"},
     "main_training": {"engine", "training", "fidelity", "supernet", "piad", "models", "utils"},
 }
