@@ -29,11 +29,12 @@ def write_float16(source: Path, path: Path) -> None:
     onnx.save(model, path, save_as_external_data=_is_large(source), location=f"{path.name}.data")
 
 
-def write_int8(source: Path, path: Path, batches: Iterable[Tensor]) -> None:
+def write_int8(source: Path, path: Path, batches: Iterable[Tensor], operators: str = "blocks") -> None:
     """Writes a float32 ONNX file with int8 weights, one scale per output channel, in the linear layers of the blocks.
 
     Their inputs are uint8, with the range that they have on `batches` of images, (B, C, height, width). Everything else
-    stays float32: see docs/EXPORT.md for why.
+    stays float32, as benchmarks/quantized.py found it best. operators: "blocks"; "linear", with the head; "products",
+    with the attention products, too; "all" that ONNX Runtime has in int8.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static  # here, because it is optional
     from onnxruntime.quantization.shape_inference import quant_pre_process  # here, because it is optional
@@ -47,8 +48,8 @@ def write_int8(source: Path, path: Path, batches: Iterable[Tensor]) -> None:
             path,
             _Reader(batches),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(LINEAR),
-            nodes_to_quantize=_linear_layers(prepared),
+            op_types_to_quantize=None if operators == "all" else list(LINEAR),
+            nodes_to_quantize=_nodes(prepared, operators),
             per_channel=True,
             reduce_range=True,
             activation_type=QuantType.QUInt8,
@@ -58,15 +59,18 @@ def write_int8(source: Path, path: Path, batches: Iterable[Tensor]) -> None:
         )
 
 
-def _linear_layers(path: Path) -> list[str]:
-    """The names of the linear layers, which multiply by a weight: without the head, which is the last one."""
+def _nodes(path: Path, operators: str) -> list[str] | None:
+    """The names of the nodes to quantize, None for all. A linear layer multiplies by a weight; the head gives logits."""
     import onnx  # here, because it is an optional package
 
     graph = onnx.load(path, load_external_data=False).graph
     weights = {weight.name for weight in graph.initializer}
-    found = [node for node in graph.node if node.op_type in LINEAR and weights & {*node.input[:2]}]
+    products = [node for node in graph.node if node.op_type in LINEAR]
+    linear = [node for node in products if weights & {*node.input[:2]}]
     outputs = {output.name for output in graph.output}
-    return [node.name for node in found if not outputs & {*node.output}]
+    blocks = [node for node in linear if not outputs & {*node.output}]
+    found = {"blocks": blocks, "linear": linear, "products": products, "all": None}[operators]
+    return found and [node.name for node in found]
 
 
 class _Reader:
