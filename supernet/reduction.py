@@ -60,7 +60,7 @@ def write_int8(source: Path, path: Path, batches: Iterable[Tensor], operators: s
 
 
 def _nodes(path: Path, operators: str) -> list[str] | None:
-    """The names of the nodes to quantize, None for all. A linear layer multiplies by a weight; the head gives logits."""
+    """The names of the nodes to quantize, None for all. A linear layer has a weight; that of the head gives logits."""
     import onnx  # here, because it is an optional package
 
     graph = onnx.load(path, load_external_data=False).graph
