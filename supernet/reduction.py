@@ -24,9 +24,10 @@ def write_float16(source: Path, path: Path) -> None:
     import onnx  # here, because it is an optional package
     from onnxruntime.transformers.float16 import convert_float_to_float16  # here, because it is an optional package
 
+    large = _is_large(source)  # then ONNX cannot infer its shapes, which it does in one piece
     with _quiet():
-        model = convert_float_to_float16(onnx.load(source), keep_io_types=True, disable_shape_infer=False)
-    onnx.save(model, path, save_as_external_data=_is_large(source), location=f"{path.name}.data")
+        model = convert_float_to_float16(onnx.load(source), keep_io_types=True, disable_shape_infer=large)
+    onnx.save(model, path, save_as_external_data=large, location=f"{path.name}.data")
 
 
 def write_int8(source: Path, path: Path, batches: Iterable[Tensor], operators: str = "blocks") -> None:

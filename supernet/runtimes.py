@@ -58,7 +58,7 @@ def _eager(model: Backbone, batch_size: int, amp: torch.dtype | None) -> Outputs
 
 
 def _compiled(model: Backbone, batch_size: int, amp: torch.dtype | None) -> Outputs:
-    torch._dynamo.reset()  # after a few models of the same code it would not compile another one
+    torch.compiler.reset()  # after a few models of the same code it would not compile another one
     run = _eager(torch.compile(model, dynamic=False), batch_size, amp)
     parameter = next(model.parameters())
     size = (batch_size, model.in_chans, *model.patch_embed.img_size)
