@@ -53,7 +53,8 @@ def test_a_runtime_that_cannot_run_it_is_one_line(monkeypatch: pytest.MonkeyPatc
     def broken(images: Tensor) -> Tensor:
         raise RuntimeError("no compiler\nand a trace")
 
-    monkeypatch.setattr(torch, "compile", lambda model, **flags: broken)
+    monkeypatch.setattr(torch, "compile", lambda model, **flags: model)
+    monkeypatch.setattr(model, "forward", broken)
     with pytest.raises(UserError, match=r"torch\.compile does not run this model here: no compiler$"):
         runner(model, runtime="compile")
 
