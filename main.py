@@ -287,7 +287,7 @@ def finish_finetune(args: argparse.Namespace, network: Network, training: Traini
     saved = network.save(args.output_dir, small, **facts)
     say(
         f"written ({kind} weights): {args.output_dir}/model.safetensors, config.json and model.py: "
-        f"{format_amount(saved['macs']['linear'])} MACs, {format_amount(saved['params'])} parameters, "
+        f"{format_amount(saved['macs_linear'])} MACs, {format_amount(saved['params'])} parameters, "
         f"{shown_score(found)}"
     )
 

@@ -12,7 +12,6 @@ from arguments import (
     add_dropout_ratio,
     add_mask_table,
     add_refit,
-    add_size_arguments,
     any_precision,
     count,
     data_overrides,
@@ -24,6 +23,7 @@ from arguments import (
 from piad.distillation import DISTILLATION_TYPES
 from piad.regimes import REGIMES
 from piad.sampling import SAMPLING
+from size_arguments import add_size_arguments
 
 # The paper's recipe, DeiT's where the paper says nothing. DeiT-B trains 150 epochs of PIAD: run_train.sh says so.
 RECIPES = {

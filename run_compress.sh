@@ -8,7 +8,7 @@
 # refits them on the photos and writes them to COMPRESSED (default: OUTPUT/compressed/NAME), with a table of how near each comes
 # to the whole model on photos that are held back. Further sizes: python export.py FOLDER, as the last line here calls it.
 #
-# SIZES: budgets as of export.py, such as "--macs-ratio 0.5 0.25" or "--latency 5ms".  FORMAT: folder, onnx, torch-export.
+# SIZES: budgets as of export.py, such as "--macs-ratio 0.5 0.25" or "--latency 5ms".  FORMAT: see docs/EXPORT.md, such as "folder onnx".
 # REFIT: steps of gradient descent per block; 0 solves the linear layers by least squares, "no" leaves the sizes as they are cut.
 # TARGET: logits, features or tokens.  Without CHECKPOINT, timm's weights are downloaded.
 set -eu

@@ -57,12 +57,16 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
         "title": f"{data}: one super-network of {format_amount(count_params(network.model))} parameters",
         "weights": str(weights),
         "averaged_weights": network.averaged,
+        "stamp": network.stamp,
+        "model": network.name,
+        "preprocessing": network.preprocessing,
         "grade": network.grade if args.refit is False else refit_grade(args.refit),
         "target": network.target,
         "compared_with": str(whole.source) if whole else None,
         "images": len(val_images),
         "device": device_name(device),
         "batch_size": args.batch_size,
+        "runtime": args.runtime,
     }
     if not network.is_subnetwork:
         facts |= {"full_widths": network.table.widths(0), "arguments": words_to_open(args)}
@@ -73,6 +77,7 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
         device,
         batch_size=args.batch_size,
         amp=args.amp,
+        runtime=args.runtime,
         baseline=baseline,
         cut=cut_or_refit(args, network, args.batch_size, args.workers),
         then=partial(write_sub_network, args, network, facts) if args.write_sub_networks else None,
@@ -189,12 +194,14 @@ def evaluate_sizes(
     *,
     batch_size: int,
     amp: torch.dtype | None = None,
+    runtime: str = "eager",
     baseline: Network | None = None,
     cut: Callable[[int], Backbone] | None = None,
     then: Callable[[Backbone, dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """A row per op code: widths, size counted on the extracted model, what the evaluator finds, images per second.
 
+    runtime: of the images per second, see supernet.runtimes.
     baseline: other weights with the same mask table, on the device; what they have of the first measure goes into
     baseline_<measure>.  cut: gives the sub-network of an op code (default: network.cut).  then(sub-network, row) is
     called for each.
@@ -202,7 +209,7 @@ def evaluate_sizes(
     rows = []
     for code in progress_bar(op_codes, "sizes"):
         small = (cut or network.cut)(code).to(device)
-        speed = {"images_per_second": batch_size / measure_latency(small, batch_size, amp)}
+        speed = {"images_per_second": batch_size / measure_latency(small, batch_size, amp, runtime)}
         found = evaluator(small)
         row = {"op_code": code, "grade": network.grade_of(small), **describe(small), **found, **speed}
         row["widths"] = network.table.widths(code)

@@ -31,7 +31,8 @@ from piad.mask_table import MaskTable
 from studies.common import RESULTS, Results, facts_of
 from supernet.device import DeviceProfile
 from supernet.profiling import measure_profile
-from supernet.timing import RUNTIMES, dtype_in_words, time_networks
+from supernet.runtimes import RUNTIMES
+from supernet.timing import dtype_in_words, time_networks
 from utils import init_processes, run_program, say, seed_everything
 
 NEAR = [0.8 + 0.05 * step for step in range(9)]  # times of the sizes to compare with, as predicted, of the wanted one

@@ -10,6 +10,7 @@ from utils import UserError, say
 
 from .amounts import format_amount, format_seconds, format_sizes
 from .latency import Latencies
+from .latency_table import LatencyTable
 from .network import Network
 
 # The flags that limit a size, and the arguments of Network.select() that they set.
@@ -28,13 +29,22 @@ def asks_for_size(args: argparse.Namespace) -> bool:
     return any(getattr(args, name) for name in ("op_code", *BUDGETS))
 
 
-def latencies_of(args: argparse.Namespace, network: Network) -> Latencies:
-    """The latencies of the network's sizes, measured as the flags say and kept beside --mask-table or the weights."""
+def latencies_of(args: argparse.Namespace, network: Network) -> Latencies | LatencyTable:
+    """The latencies of the network's sizes: of --latency-table, or measured as the flags say.
+
+    Those are kept beside --mask-table or the weights. Raises UserError for a table that no flag asks to be used.
+    """
+    if args.latency_table:
+        if not (args.latency or args.throughput):
+            raise UserError("--latency-table is for --latency or --throughput: give one of them, such as --latency 5ms")
+        return LatencyTable(args.latency_table, network.table, args.batch_size)
     folder = (args.mask_table or network.source).parent
-    return network.latencies(args.batch_size, args.amp, torch.device(args.device), folder)
+    return network.latencies(args.batch_size, args.amp, torch.device(args.device), folder, args.runtime)
 
 
-def chosen_op_codes(args: argparse.Namespace, network: Network, latencies: Latencies | None = None) -> list[int]:
+def chosen_op_codes(
+    args: argparse.Namespace, network: Network, latencies: Latencies | LatencyTable | None = None
+) -> list[int]:
     """The op codes that the size flags ask for, in their order; without any, the whole network and the smallest.
 
     latencies: None, or latencies_of(), where the caller has them.
@@ -45,7 +55,7 @@ def chosen_op_codes(args: argparse.Namespace, network: Network, latencies: Laten
         network.table.widths(code)  # raises UserError for an op code that the table does not have
         codes.append(code if code >= 0 else last)
     budgets = budgets_of(args)
-    if latencies is None and (args.latency or args.throughput):
+    if latencies is None and (args.latency or args.throughput or args.latency_table):
         latencies = latencies_of(args, network)
     for budget in budgets:
         codes.append(select(network, budget, args.macs_convention, latencies))
@@ -75,7 +85,9 @@ def budgets_of(args: argparse.Namespace) -> list[dict[str, float]]:
     return [{name: values[0] for name, values in given.items()}]
 
 
-def select(network: Network, budget: dict[str, float], convention: str, latencies: Latencies | None) -> int:
+def select(
+    network: Network, budget: dict[str, float], convention: str, latencies: Latencies | LatencyTable | None
+) -> int:
     """The op code of the largest size within a budget; prints what was asked and found, and the sizes beside it."""
     limits: dict[str, float] = {}
     for name, value in budget.items():

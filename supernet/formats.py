@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,25 @@ from models.backbone import Backbone
 from models.targets import output_of
 from utils import UserError, say
 
+from .graphs import (
+    ONNX_PACKAGES,
+    Outputs,
+    add_metadata,
+    graph_of,
+    in_batches,
+    onnx_outputs,
+    write_onnx_graph,
+)
 from .network import Network
 from .opening import load
+from .reduction import write_float16, write_int8
 
-OPSET = 18
 LIMIT = 1e-4  # relative error, float32
-LARGEST_FILE = 1.5e9  # bytes of weights inside an .onnx; a protobuf holds 2 GB
-NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
-Outputs = Callable[[Tensor], Tensor]  # images (B, C, height, width) to the target of the network
+# The lowest fidelity to the same size in float32 that a file in smaller numbers is written with: measure -> limit.
+LIMITS = {"kl": 0.02, "token_cosine": 0.99, "feature_cosine": 0.99}
+REDUCED = ("onnx-fp16", "onnx-int8")
+ONNX = ("onnx", *REDUCED)
+NEEDS = dict.fromkeys(ONNX, ONNX_PACKAGES)
 
 
 class Target(nn.Module):
@@ -42,6 +54,21 @@ def model_of_target(model: Backbone, target: str) -> nn.Module:
     return model if target == "logits" else Target(model, target)
 
 
+@dataclass
+class Checks:
+    """What files are checked with, and calibrated on.
+
+    images: what they are -> images (B, C, height, width), for the files that give what the model gives.  calibration:
+    gives batches of images for int8.  fidelity: the measures of a file in smaller numbers, from what runs it and the
+    model in float32.  force: write it, whatever they are.
+    """
+
+    images: dict[str, Tensor]
+    calibration: Callable[[], Iterator[Tensor]] | None = None
+    fidelity: Callable[[Outputs, Backbone], dict[str, Any]] | None = None
+    force: bool = False
+
+
 def write_formats(
     names: list[str],
     network: Network,
@@ -49,25 +76,50 @@ def write_formats(
     row: dict[str, Any],
     place: Path,
     folder: Path,
-    checks: dict[str, Tensor],
+    checks: Checks,
+    static_batch: int | None = None,
 ) -> dict[str, Any]:
-    """Writes one size and checks it. Returns the files, relative to `folder`, and the relative errors.
+    """Writes one size and checks it. Returns the files, relative to `folder`, the relative errors, and the fidelity.
 
-    Raises UserError for an export whose outputs differ from the model's.
+    static_batch: the number of images that graphs take; None: any.
+    Raises UserError for an export whose outputs differ from the model's, or whose fidelity is below LIMITS.
     """
     place.mkdir(exist_ok=True)
-    size = Size(network, model_of_target(small, network.target), small, row)
-    entry: dict[str, dict[str, Any]] = {"files": {}, "relative_error": {}}
+    size = Size(network, model_of_target(small, network.target), small, row, static_batch, checks.calibration)
+    entry: dict[str, dict[str, Any]] = {"files": {}, "relative_error": {}, "reduced": {}}
     for name in dict.fromkeys(names):
         path, outputs_of = FORMATS[name](size, place)
-        errors = {what: relative_error(outputs_of, size.model, images) for what, images in checks.items()}
-        words = ", ".join(f"{error:.1e} on {len(checks[what])} {what}" for what, error in errors.items())
-        if not all(error < LIMIT for error in errors.values()):  # a NaN is not below the limit
-            raise UserError(f"{name} of op code {row['op_code']} differs from the model, relative error {words}")
-        say(f"op code {row['op_code']}, {name}: relative error {words}")
+        if static_batch and name != "folder":
+            outputs_of = in_batches(outputs_of, static_batch)
         entry["files"][name] = str(path.relative_to(folder))
-        entry["relative_error"][name] = errors
-    return entry
+        if name in REDUCED:
+            entry["reduced"][name] = checks.fidelity(outputs_of, small)
+            check_fidelity(f"{name} of op code {row['op_code']}", entry["reduced"][name], checks.force)
+        else:
+            entry["relative_error"][name] = check_error(f"{name} of op code {row['op_code']}", outputs_of, size, checks)
+    return {key: value for key, value in entry.items() if value}
+
+
+def check_error(what: str, outputs_of: Outputs, size: Size, checks: Checks) -> dict[str, float]:
+    """The relative error on each kind of image, which it prints. Raises UserError where one is not below LIMIT."""
+    errors = {kind: relative_error(outputs_of, size.model, images) for kind, images in checks.images.items()}
+    words = ", ".join(f"{error:.1e} on {len(checks.images[kind])} {kind}" for kind, error in errors.items())
+    if not all(error < LIMIT for error in errors.values()):  # a NaN is not below the limit
+        raise UserError(f"{what} differs from the model, relative error {words}")
+    say(f"{what}: relative error {words}")
+    return errors
+
+
+def check_fidelity(what: str, measures: dict[str, Any], force: bool) -> None:
+    """Raises UserError where the fidelity is below LIMITS; with `force`, prints it."""
+    name = next(name for name in LIMITS if name in measures)
+    value, limit = measures[name], LIMITS[name]
+    if value <= limit if name == "kl" else value >= limit:
+        return
+    words = f"{what}: {name} {value:.3g} against float32, the limit is {limit:g}"
+    if not force:
+        raise UserError(f"{words}: calibrate on more images (--proxy-samples), or give --force to write it")
+    say(f"{words}: written because of --force")
 
 
 @torch.no_grad()
@@ -84,38 +136,57 @@ def relative_error(outputs_of: Outputs, model: nn.Module, images: Tensor) -> flo
 
 @dataclass
 class Size:
-    """A sub-network, what is known of it, and its graph once it was asked for. model: gives the target."""
+    """A sub-network, what is known of it, and its graph once a format needs it.
+
+    model: gives the target.  static_batch: the number of images that the graph takes; None: any.  calibration: gives
+    batches of images.
+    """
 
     network: Network
     model: nn.Module
     small: Backbone
     row: dict[str, Any]
+    static_batch: int | None = None
+    calibration: Callable[[], Iterator[Tensor]] | None = None
     graph: torch.export.ExportedProgram | None = None
+    folder: tempfile.TemporaryDirectory = field(default_factory=tempfile.TemporaryDirectory)
 
     def program(self) -> torch.export.ExportedProgram:
-        """The model as torch.export sees it, for any number of images."""
+        """The model as torch.export sees it."""
         if self.graph is None:
-            images = torch.randn(2, *self.network.preprocessing["input_size"])
-            batch = torch.export.Dim("batch", min=1)
-            self.graph = torch.export.export(self.model, (images,), dynamic_shapes=({0: batch},))
-            for node in self.graph.graph.nodes:
-                node.meta.pop("stack_trace", None)  # it would name folders of this machine
+            self.graph = graph_of(self.model, self.network.preprocessing["input_size"], self.static_batch)
         return self.graph
+
+    def onnx_file(self) -> Path:
+        """The model as an ONNX file in float32, in a temporary folder."""
+        path = Path(self.folder.name) / "model.onnx"
+        if not path.exists():
+            write_onnx_graph(self.program(), path, self.network.target)
+        return path
+
+    def metadata(self) -> dict[str, Any]:
+        """What an ONNX file says of itself, under the names of index.json."""
+        counts = {key: self.row[key] for key in ("op_code", "grade", "macs_linear", "macs_full", "params")}
+        network = {"model": self.network.name, "target": self.network.target}
+        return network | {
+            "num_classes": self.small.num_classes,
+            "preprocessing": self.network.preprocessing,
+            "widths": self.row["widths"],
+            **counts,
+        }
 
 
 def write_folder(size: Size, folder: Path) -> tuple[Path, Outputs]:
     """model.safetensors, config.json and model.py, which supernet.load() opens, and model.py without this project."""
     facts: dict[str, Any] = {}
     if not size.network.is_subnetwork:
-        facts = {"op_code": size.row["op_code"]}
-        facts |= {"accuracy": {"top1": size.row["top1"]}} if "top1" in size.row else {}
-        facts |= {"fidelity": size.row["fidelity"]} if "fidelity" in size.row else {}
+        facts = {key: size.row[key] for key in ("op_code", "accuracy", "fidelity") if key in size.row}
     size.network.save(folder, size.small, **facts)
     return folder, model_of_target(load(folder).model, size.network.target)
 
 
 def write_torch_export(size: Size, folder: Path) -> tuple[Path, Outputs]:
-    """model.pt2, which torch alone opens: images (B, C, height, width) to the target, any B."""
+    """model.pt2, which torch alone opens: images (B, C, height, width) to the target."""
     path = folder / "model.pt2"
     torch.export.save(size.program(), path)
     return path, torch.export.load(path).module()
@@ -123,23 +194,32 @@ def write_torch_export(size: Size, folder: Path) -> tuple[Path, Outputs]:
 
 def write_onnx(size: Size, folder: Path) -> tuple[Path, Outputs]:
     """model.onnx, which onnxruntime alone opens: "images" (B, C, height, width) to an output named as the target."""
-    import onnxruntime  # here, because it is an optional package
-
-    path, target = folder / "model.onnx", size.network.target
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns about its own internals
-        torch.onnx.export(
-            size.program(),
-            f=path,
-            input_names=["images"],
-            output_names=[target],
-            opset_version=OPSET,
-            dynamo=True,
-            external_data=size.row["memory"] > LARGEST_FILE,
-            verbose=False,
-        )
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return path, lambda images: torch.from_numpy(session.run([target], {"images": images.numpy()})[0])
+    for part in size.onnx_file().parent.iterdir():
+        shutil.copy(part, folder)
+    return _finished(size, folder / "model.onnx")
 
 
-FORMATS = {"folder": write_folder, "torch-export": write_torch_export, "onnx": write_onnx}
+def write_onnx_float16(size: Size, folder: Path) -> tuple[Path, Outputs]:
+    """model_fp16.onnx: as model.onnx, with weights and operators in float16; input and output are float32."""
+    write_float16(size.onnx_file(), folder / "model_fp16.onnx")
+    return _finished(size, folder / "model_fp16.onnx")
+
+
+def write_onnx_int8(size: Size, folder: Path) -> tuple[Path, Outputs]:
+    """model_int8.onnx: as model.onnx, with the linear layers of the blocks in int8."""
+    write_int8(size.onnx_file(), folder / "model_int8.onnx", size.calibration())
+    return _finished(size, folder / "model_int8.onnx")
+
+
+def _finished(size: Size, path: Path) -> tuple[Path, Outputs]:
+    add_metadata(path, size.metadata())
+    return path, onnx_outputs(path)
+
+
+FORMATS = {
+    "folder": write_folder,
+    "torch-export": write_torch_export,
+    "onnx": write_onnx,
+    "onnx-fp16": write_onnx_float16,
+    "onnx-int8": write_onnx_int8,
+}

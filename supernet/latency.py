@@ -6,10 +6,12 @@ import hashlib
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from files import read_json, write_text
 from models.backbone import Backbone
@@ -18,6 +20,9 @@ from models.macs import count_macs
 from piad.mask_table import MaskTable
 from utils import UserError, device_name, gather_over_ranks, is_main_process, progress_bar, say, synchronize
 
+from .runtimes import check_runtime, runner, version_of
+from .timing import dtype_in_words, random_images
+
 LATENCY = "latency.json"
 WARMUP = 3  # untimed runs, in which memory is allocated and kernels are chosen
 FEWEST, MOST = 7, 100  # timed runs
@@ -25,37 +30,43 @@ DOUBTFUL = 1.5  # a size this many times slower than expected from another size 
 SECONDS = 1.0  # after this time no further run starts, once the fewest are done
 
 
-@torch.inference_mode()
-def measure_latency(model: Backbone, batch_size: int, amp: torch.dtype | None = None) -> float:
+def measure_latency(model: Backbone, batch_size: int, amp: torch.dtype | None = None, runtime: str = "eager") -> float:
     """Seconds of a forward pass of `batch_size` random images, on the model's device.
 
-    The median of 7 to 100 runs, as many as start within a second, after 3 untimed ones; the device is synchronized
-    after each. amp: the dtype of autocast; None runs in the model's own dtype.
+    amp: the dtype of autocast; None runs in the model's own dtype.  runtime: see runtimes.runner().
     """
-    parameter = next(model.parameters())
-    device = parameter.device
-    size = (batch_size, model.in_chans, *model.patch_embed.img_size)
-    images = torch.randn(size, device=device, dtype=parameter.dtype)
+    images = random_images(model, batch_size, next(model.parameters()).device)
     training = model.training
-    model.eval()
-    seconds: list[float] = []
-    with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-        for run in range(WARMUP + MOST):
-            synchronize(device)
-            start = time.perf_counter()
-            model(images)
-            synchronize(device)
-            seconds += [time.perf_counter() - start] if run >= WARMUP else []
-            if len(seconds) >= FEWEST and sum(seconds) >= SECONDS:
-                break
+    run = runner(model, batch_size, amp, runtime)
+    with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):  # it keeps the cast weights
+        seconds = time_runs(run, images)
     model.train(training)
+    return seconds
+
+
+def time_runs(run: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    """Seconds of a run on the images, (B, C, height, width).
+
+    The median of 7 to 100 runs, as many as start within a second, after 3 untimed ones; the device is synchronized
+    after each.
+    """
+    seconds: list[float] = []
+    for number in range(WARMUP + MOST):
+        synchronize(images.device)
+        start = time.perf_counter()
+        run(images)
+        synchronize(images.device)
+        seconds += [time.perf_counter() - start] if number >= WARMUP else []
+        if len(seconds) >= FEWEST and sum(seconds) >= SECONDS:
+            break
     return statistics.median(seconds)
 
 
 class Latencies:
     """Seconds per batch of each op code, measured when first asked for.
 
-    seconds: op code -> what is known so far.  where: batch, device and dtype in words.
+    seconds: op code -> what is known so far.  where: batch, device, dtype and runtime in words.  key: what they are
+    latencies of, as latency.json says it.
     """
 
     def __init__(
@@ -67,26 +78,29 @@ class Latencies:
         amp: torch.dtype | None = None,
         device: torch.device | None = None,
         path: Path | None = None,
+        runtime: str = "eager",
     ):
         """device: where to measure (default: the model's device).  path: a latency.json to read and to add to.
 
-        Only figures of the same device, threads, batch size, dtype, torch version, architecture and table are taken
-        from it. Raises UserError for a file that does not hold latencies.
+        runtime: see runtimes.runner(). Only figures of the same device, threads, batch size, dtype, torch version,
+        runtime, architecture and table are taken from the file. Raises UserError for a file that does not hold
+        latencies, or a runtime that is not installed.
         """
         parameter = next(model.parameters())
         self.model, self.table, self.batch_size, self.amp = model, table, batch_size, amp
+        self.runtime = check_runtime(runtime)
         self.device = device or parameter.device
         self.path = path if is_main_process() else None
-        dtype = str(parameter.dtype).removeprefix("torch.")
         self.key = {
             "device": device_name(self.device),
             "batch_size": batch_size,
-            "dtype": f"{dtype}, autocast to {str(amp).removeprefix('torch.')}" if amp else dtype,
+            "dtype": dtype_in_words(model, amp),
             "torch": torch.__version__,
+            "runtime": version_of(runtime),
             "network": _fingerprint(model, table),
         }
         images = "1 image" if batch_size == 1 else f"{batch_size} images"
-        self.where = f"{images} on {self.key['device']} ({self.key['dtype']})"
+        self.where = f"{images} on {self.key['device']} ({self.key['dtype']}, {self.key['runtime']})"
         mine = next((entry["seconds"] for entry in self._entries() if self._is_mine(entry)), {})
         known = gather_over_ranks([mine.get(str(code), 0.0) for code in range(len(table))])[0]
         self.seconds: dict[int, float] = {code: seconds for code, seconds in enumerate(known) if seconds}
@@ -120,7 +134,7 @@ class Latencies:
         found = 0.0
         for _ in progress_bar(range(1) if is_main_process() else (), f"latency of op code {op_code}"):
             small = extract(self.model, self.table.widths(op_code)).to(self.device)
-            found = measure_latency(small, self.batch_size, self.amp)
+            found = measure_latency(small, self.batch_size, self.amp, self.runtime)
         found = min(gather_over_ranks([found])[0][0], self.seconds.get(op_code, float("inf")))
         if self.path is not None:
             seconds = self.seconds | {op_code: found}
@@ -134,10 +148,10 @@ class Latencies:
         return found
 
     def _is_mine(self, entry: dict[str, Any]) -> bool:
-        return all(entry.get(key) == value for key, value in self.key.items())
+        return all({"runtime": "eager", **entry}.get(key) == value for key, value in self.key.items())
 
     def _entries(self) -> list[dict[str, Any]]:
-        """The content of the file: an entry for each device, batch size, dtype, torch version and network."""
+        """The content of the file: an entry for each device, batch size, dtype, torch version, runtime and network."""
         if self.path is None or not self.path.exists():
             return []
         entries = read_json(self.path)

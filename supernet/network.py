@@ -22,7 +22,9 @@ from wpac.allocation import DIM_LOSSES, load_dim_losses
 
 from .device import DeviceProfile
 from .facts import plain, stamp_of
+from .known_fidelity import known_fidelity
 from .latency import LATENCY, Latencies
+from .latency_table import LatencyTable
 from .saving import save_subnetwork
 from .selection import count_sizes, evenly_spaced, largest_within
 from .tables import DROPOUT_RATIO, table_of_losses
@@ -97,13 +99,14 @@ class Network:
         max_latency: float | None = None,
         min_throughput: float | None = None,
         convention: str = "linear",
-        latencies: Latencies | None = None,
+        latencies: Latencies | LatencyTable | None = None,
     ) -> int:
         """The op code of the largest sub-network that meets all limits given.
 
         max_macs: per image, as `convention` counts ("linear" or "full").  max_params.  max_memory: bytes of the
         weights.  max_latency: seconds per batch.  min_throughput: images per second.  The last two are measured as
-        `latencies` says (see latencies()), by default for one image on the model's device.
+        `latencies` says (see latencies()), by default for one image on the model's device. With one of them, a smaller
+        size is chosen where its fidelity is better, if a frontier.json beside the weights says so.
         Raises UserError where no size meets the limits, naming the smallest one, or the fastest.
         """
         limits = {"macs": max_macs, "params": max_params, "memory": max_memory, "latency": max_latency}
@@ -112,7 +115,8 @@ class Network:
             latencies = latencies or self.latencies()
         if min_throughput:
             limits["latency"] = min(limits.get("latency", float("inf")), latencies.batch_size / min_throughput)
-        return largest_within(self.model, self.table, limits, convention, latencies)
+        known = known_fidelity(self.source, self.stamp, self.averaged, self.table) if "latency" in limits else ()
+        return largest_within(self.model, self.table, limits, convention, latencies, known)
 
     def latencies(
         self,
@@ -120,10 +124,17 @@ class Network:
         amp: torch.dtype | None = None,
         device: torch.device | None = None,
         folder: Path | None = None,
+        runtime: str = "eager",
     ) -> Latencies:
-        """Measured seconds per batch by op code. folder: where latency.json is kept (default: nowhere)."""
+        """Measured seconds per batch by op code.
+
+        folder: where latency.json is kept (default: nowhere).  runtime: "eager", "compile" or "onnxruntime", see
+        runtimes.runner().
+        """
         path = folder / LATENCY if folder else None
-        return Latencies(self.model, self.table, batch_size=batch_size, amp=amp, device=device, path=path)
+        return Latencies(
+            self.model, self.table, batch_size=batch_size, amp=amp, device=device, path=path, runtime=runtime
+        )
 
     def retable(self, profile: DeviceProfile | None = None, dropout_ratio: float = DROPOUT_RATIO) -> None:
         """Makes the mask table of a network that the method "best" contracted anew, without images, in seconds.

@@ -32,7 +32,7 @@ from .saving import CONTRACTED
 
 # What a Network holds under names of its own; everything else in a description goes into its facts.
 OWN = ("model", "model_kwargs", "preprocessing", "target", "method", "averaged_weights", "stamp", "grade")
-COUNTED = ("widths", "macs", "params")  # what saving counts anew
+COUNTED = ("widths", "macs_linear", "macs_full", "macs", "params")  # what saving counts anew; macs: of older folders
 
 
 def load(

@@ -22,7 +22,7 @@ from utils import UserError, init_processes, run_program, say, seed_everything
 from .amounts import format_seconds
 from .device import DEVICE
 from .profiling import measure_profile
-from .timing import RUNTIMES
+from .runtimes import RUNTIMES
 
 
 def main() -> None:

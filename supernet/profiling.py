@@ -38,7 +38,7 @@ def measure_profile(
     explain the times of the networks best: least squares of the relative errors. All networks are in memory and take
     turns, and the median of `repeats` rounds counts; noise that would make a smaller width slower is averaged away.
 
-    amp: the dtype of autocast.  runtime: one of supernet.timing.RUNTIMES.  now: the clock, in seconds.
+    amp: the dtype of autocast.  runtime: see runtimes.runner().  now: the clock, in seconds.
     Raises UserError where the noise is larger than what a module takes.
     """
     shapes = {key: shape_of(module) for key, module in modules_of(model).items()}

@@ -34,7 +34,8 @@ def save_subnetwork(
         **description,
         "model_kwargs": {**description["model_kwargs"], "num_classes": small.num_classes},
         "widths": full_widths(small),
-        "macs": {"linear": count_macs(small), "full": count_macs(small, convention="full")},
+        "macs_linear": count_macs(small),
+        "macs_full": count_macs(small, convention="full"),
         "params": count_params(small),
     }
     if config.keys() & facts.keys():

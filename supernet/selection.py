@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 
 from models.backbone import Backbone
 from models.macs import count_macs, count_params
@@ -11,6 +12,7 @@ from utils import UserError
 
 from .amounts import format_amount, format_seconds
 from .latency import Latencies
+from .latency_table import LatencyTable
 
 
 def count_sizes(model: Backbone, widths: dict[str, int] | None = None, convention: str = "linear") -> dict[str, int]:
@@ -25,13 +27,15 @@ def largest_within(
     table: MaskTable,
     limits: dict[str, float],
     convention: str = "linear",
-    latencies: Latencies | None = None,
+    latencies: Latencies | LatencyTable | None = None,
+    fidelity: Sequence[float] = (),
 ) -> int:
     """The op code of the largest sub-network that meets all limits: macs, params, memory (bytes), latency (seconds).
 
     MACs, parameters and memory never grow with the op code, so bisection finds the largest size exactly. Latency is
     measured on about log2(op codes) sizes, also by bisection, but does not fall with every op code: the answer is the
-    largest of the measured sizes that is fast enough and whose next larger size is too slow.
+    largest of the measured sizes that is fast enough and whose next larger size is too slow. Where a smaller size has a
+    better fidelity and is fast enough, too, it is that one. fidelity: of every op code, more is better, if it is known.
     Raises UserError where no size meets the limits, naming the smallest or the fastest one.
     """
     counted = {key: limit for key, limit in limits.items() if key != "latency"}
@@ -57,10 +61,11 @@ def largest_within(
     found = min(fast_enough)
     while found > first and latencies.of(found - 1) <= limits["latency"]:
         found -= 1
-    return found
+    better = sorted(range(found, len(table)), key=lambda code: (-fidelity[code], code)) if fidelity else [found]
+    return next(code for code in better if latencies.of(code) <= limits["latency"])
 
 
-def _time(seconds: float, latencies: Latencies) -> str:
+def _time(seconds: float, latencies: Latencies | LatencyTable) -> str:
     return f"{format_seconds(seconds)} ({format_amount(latencies.batch_size / seconds)} images/s)"
 
 

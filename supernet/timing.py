@@ -14,7 +14,7 @@ from models.backbone import Backbone
 from models.extraction import extract
 from utils import synchronize
 
-RUNTIMES = ("eager",)
+from .runtimes import runner
 
 
 def time_alternately(
@@ -71,7 +71,7 @@ def time_networks(
 ) -> dict[Any, list[float]]:
     """Name -> seconds of each round, of sub-networks of a model at these widths, on random images on its device.
 
-    All of them are in memory at once, and take turns. amp: the dtype of autocast.  runtime: one of RUNTIMES.
+    All of them are in memory at once, and take turns. amp: the dtype of autocast.  runtime: see runtimes.runner().
     """
     device = next(model.parameters()).device
     images = random_images(model, batch_size, device)
@@ -92,22 +92,3 @@ def dtype_in_words(model: Backbone, amp: torch.dtype | None) -> str:
     """The dtype that a model runs in, for a measured time. amp: the dtype of autocast, if any."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return f"{dtype}, autocast to {str(amp).removeprefix('torch.')}" if amp else dtype
-
-
-def runner(
-    model: Backbone, batch_size: int = 1, amp: torch.dtype | None = None, runtime: str = "eager"
-) -> Callable[[Tensor], Any]:
-    """What runs a model on a runtime, one of RUNTIMES: images (B, C, height, width), B = `batch_size`, to its output.
-
-    The images are on the model's device, in its dtype. amp: the dtype of autocast. Only what is returned is timed:
-    preparing the model may take as long as it needs.
-    """
-    model.eval()
-    device = next(model.parameters()).device.type
-
-    @torch.inference_mode()
-    def run(images: Tensor) -> Tensor:
-        with torch.autocast(device, dtype=amp, enabled=amp is not None):
-            return model(images)
-
-    return run

@@ -11,12 +11,11 @@ import pytest
 import torch
 from programs import COMMON, Road, exit_code, run, tiny_digits_model
 from timm.models.vision_transformer import VisionTransformer
-from tiny import random_backbone
+from tiny import evenly_dropped, random_backbone
 
-from models.backbone import full_widths, modules_of
+from models.backbone import full_widths
 from models.extraction import extract
 from models.macs import count_macs, count_params
-from piad.dropout_list import grow, units_of
 from piad.mask_table import MaskTable
 from supernet import Network, latency
 from supernet.amounts import format_amount, format_seconds, parse_amount
@@ -29,9 +28,7 @@ from utils import UserError
 def network() -> tuple[VisionTransformer, MaskTable]:
     """A tiny float32 backbone and a table that drops its units evenly."""
     model = random_backbone(dtype=torch.float32)
-    modules = modules_of(model)
-    importance = {key: torch.arange(module.width, 0, -1).double().numpy() for key, module in modules.items()}
-    return model, grow(MaskTable([full_widths(model)]), importance, units_of(model), 0.9 * count_macs(model))
+    return model, evenly_dropped(model)
 
 
 def select(model: VisionTransformer, table: MaskTable, **limits: object) -> int:
@@ -46,7 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[float], float]
     def put(seconds_of: Callable[[float], float]) -> list[int]:
         measured: list[int] = []
 
-        def measure(model: VisionTransformer, batch_size: int, amp: torch.dtype | None) -> float:
+        def measure(model: VisionTransformer, batch_size: int, amp: torch.dtype | None, runtime: str) -> float:
             measured.append(count_macs(model))
             return seconds_of(measured[-1]) * batch_size
 
@@ -213,6 +210,19 @@ def test_latencies_are_kept_for_the_same_case_only(network, clock, tmp_path: Pat
         assert len(measured) == count
     assert len(json.loads(path.read_text())) == 7
     assert Latencies(model, table, path=path).seconds == {3: first}  # those of other cases did not push it out
+
+
+def test_figures_without_a_runtime_are_of_eager_pytorch(network, clock, tmp_path: Path):
+    """A latency.json of before there were others."""
+    measured = clock(lambda macs: macs * 1e-9)
+    first = Latencies(*network, path=tmp_path / LATENCY).of(3)
+    (entry,) = json.loads((tmp_path / LATENCY).read_text())
+    assert entry.pop("runtime") == "eager"
+    (tmp_path / LATENCY).write_text(json.dumps([entry]))
+    assert Latencies(*network, path=tmp_path / LATENCY).seconds == {3: first}
+    compiled = Latencies(*network, path=tmp_path / LATENCY, runtime="compile")
+    assert compiled.seconds == {} and "compile" in compiled.where and compiled.of(3) and len(measured) == 2
+    assert len(json.loads((tmp_path / LATENCY).read_text())) == 2
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", '[{"seconds": {"0": "fast"}}]', '[{"seconds": {"0": -1}}]', "["])

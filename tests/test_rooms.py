@@ -27,7 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"training", "piad", "datasets", "logs", "files", "utils"},
     "fidelity": {"engine", "models", "utils"},
     "arguments": {"supernet", "models", "datasets", "utils"},
-    "main_arguments": {"arguments", "piad"},
+    "size_arguments": {"supernet", "models"},
+    "export_arguments": {"arguments", "size_arguments", "supernet", "files", "utils"},
+    "main_arguments": {"arguments", "size_arguments", "piad"},
     "main_training": {"engine", "training", "fidelity", "supernet", "piad", "models", "utils"},
 }
 PROGRAMS_OF_ROOMS = ("supernet.profile", "supernet.retable")

@@ -261,6 +261,8 @@ def test_an_exported_file_gives_the_target(
     assert json.loads((out / "config.json").read_text())["fidelity"] == row["fidelity"]
     for errors in row["relative_error"].values():
         assert errors.keys() == {"random images", "real images"} and all(0 <= error < 1e-4 for error in errors.values())
+    for measures in row.get("reduced", {}).values():
+        assert measures["feature_cosine"] > 0.99 and ("token_cosine" in measures) == (target == "tokens")
     run_file = {"torch-export": torch.export.load(out / "model.pt2").module()}
     if names:
         import onnxruntime

@@ -10,7 +10,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from models.backbone import create_backbone, full_widths
+from models.backbone import create_backbone, full_widths, modules_of
+from models.macs import count_macs
+from piad.dropout_list import grow, units_of
+from piad.mask_table import MaskTable
 
 CLASSES = 7
 PLAIN = "vit_tiny_patch16_224"
@@ -55,6 +58,13 @@ def draw_parameters(model: nn.Module, seed: int = 0) -> nn.Module:
                 value = 0.3 * noise
             parameter.copy_(value)
     return model.eval()
+
+
+def evenly_dropped(model: nn.Module, share: float = 0.9) -> MaskTable:
+    """A table that drops the units of the model evenly, until `share` of its MACs have left."""
+    modules = modules_of(model)
+    importance = {key: torch.arange(module.width, 0, -1).double().numpy() for key, module in modules.items()}
+    return grow(MaskTable([full_widths(model)]), importance, units_of(model), share * count_macs(model))
 
 
 def random_data(count: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

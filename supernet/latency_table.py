@@ -1,0 +1,107 @@
+"""Latencies that were measured elsewhere, such as on a phone: measure.csv, written by an export and filled in there."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from files import shown, write_text
+from piad.mask_table import MaskTable
+from utils import UserError, say
+
+MEASURE = "measure.csv"
+COLUMNS = ("file", "op_code", "milliseconds")
+
+
+def write_measure(path: Path, files: list[tuple[str, int]]) -> None:
+    """Writes a row per file and op code, whose milliseconds are to be filled in."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([COLUMNS, *((file, code, "") for file, code in files)])
+    write_text(path, text.getvalue())
+
+
+class LatencyTable:
+    """Seconds per batch of every op code, interpolated between the rows of a measure.csv. As Latencies.
+
+    seconds: op code -> seconds.  where: the batch and the file, in words.  key: what the figures are latencies of.
+    """
+
+    def __init__(self, path: Path, table: MaskTable, batch_size: int = 1):
+        """batch_size: of the measurements, which the file does not say.
+
+        Raises UserError for a file that is not such a table: rows that are missing, empty or no numbers, an op code
+        that `table` does not have, the whole network or the smallest left out, or times that grow from the former to
+        the latter. Prints a line where a smaller size is slower than a larger one.
+        """
+        self.batch_size = batch_size
+        images = "1 image" if batch_size == 1 else f"{batch_size} images"
+        self.where = f"{images}, as {path} says"
+        self.key: dict[str, Any] = {"table": str(path), "batch_size": batch_size}
+        rows = dict(sorted(_read(path, len(table)).items()))
+        last = len(table) - 1
+        missing = sorted({0, last} - rows.keys())
+        if missing:
+            raise UserError(
+                f"{path} has no row for op code {missing[0]}, the {'smallest' if missing[0] else 'largest'} size: the "
+                "others are interpolated between rows, so add it"
+            )
+        if last and rows[last] >= rows[0]:
+            raise UserError(
+                f"{path}: the times grow: op code {last}, the smallest size, takes {rows[last]:g} ms, op code 0, the "
+                f"largest, {rows[0]:g} ms: does each time stand in the row of its file?"
+            )
+        codes = list(rows)
+        for larger, smaller in itertools.pairwise(codes):
+            if rows[smaller] > rows[larger]:
+                say(
+                    f"{path}: op code {smaller}, {rows[smaller]:g} ms, is slower than the larger op code {larger}, "
+                    f"{rows[larger]:g} ms: measure both again if that is a surprise"
+                )
+        found = np.interp(range(len(table)), codes, list(rows.values())) / 1e3
+        self.seconds: dict[int, float] = dict(enumerate(found.tolist()))
+
+    def of(self, op_code: int) -> float:
+        """The seconds of an op code."""
+        return self.seconds[op_code]
+
+
+def _read(path: Path, sizes: int) -> dict[int, float]:
+    """Op code -> milliseconds. Raises UserError for what is not a table of latencies, with the line."""
+    try:
+        lines = list(csv.DictReader(io.StringIO(path.read_text())))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"--latency-table {path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    if not lines or not {"op_code", "milliseconds"} <= lines[0].keys():
+        raise UserError(f"{path} holds no latencies: it needs the columns {', '.join(COLUMNS)}, and rows below them")
+    found: dict[int, float] = {}
+    for number, row in enumerate(lines, 2):
+        code, time = ((row[name] or "").strip() for name in ("op_code", "milliseconds"))
+        if not (code.isascii() and code.isdecimal() and int(code) < sizes):
+            raise UserError(
+                f"{path}, line {number}: op_code {shown(repr(code))} is not of this network: its op codes are 0 to "
+                f"{sizes - 1}"
+            )
+        if int(code) in found:
+            raise UserError(f"{path}, line {number}: op code {code} has two rows: keep those of one kind of file")
+        if not time:
+            raise UserError(f"{path}, line {number}: milliseconds is empty: fill it in, or remove the line")
+        found[int(code)] = _milliseconds(time, f"{path}, line {number}")
+    return found
+
+
+def _milliseconds(text: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"{where}: milliseconds {shown(repr(text))} is not a number above 0")
+    return value
