@@ -31,7 +31,7 @@ from .reduction import write_float16, write_int8
 
 LIMIT = 1e-4  # relative error, float32
 # The lowest fidelity to the same size in float32 that a file in smaller numbers is written with: measure -> limit.
-LIMITS = {"kl": 0.02, "token_cosine": 0.99, "feature_cosine": 0.99}
+LIMITS = {"kl": 0.01, "token_cosine": 0.99, "feature_cosine": 0.99}
 REDUCED = ("onnx-fp16", "onnx-int8")
 ONNX = ("onnx", *REDUCED)
 NEEDS = dict.fromkeys(ONNX, ONNX_PACKAGES)
