@@ -26,7 +26,7 @@ DIGITS = ("--data-set", "digits", "--proxy-samples", 64, "--device", "cpu")
 def exported(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole network and its smallest size in every kind of ONNX file."""
     folder = tmp_path_factory.mktemp("exported") / "out"
-    run("export.py", road.peelable, "--all", 2, "--format", *formats.ONNX, *DIGITS, "--output", folder)
+    run("export.py", road.peelable, "--all", 2, "--format", *formats.ONNX, *DIGITS, "--force", "--output", folder)
     return folder
 
 
@@ -36,7 +36,7 @@ def test_files_in_smaller_numbers_are_compared_with_float32(exported: Path, road
         assert row["files"].keys() == {*formats.ONNX} and row["relative_error"].keys() == {"onnx"}
         for measures in row["reduced"].values():
             assert measures.keys() == {"agreement", "kl", "top1", "top1_float32", "images", "data_set"}
-            assert 0 <= measures["kl"] < formats.LIMITS["kl"] and measures["images"] == 64
+            assert 0 <= measures["kl"] < 0.02 and measures["images"] == 64
             assert abs(measures["top1"] - measures["top1_float32"]) < 10
     row = index["sizes"][0]
     whole, half, int8 = ((exported / row["files"][name]).stat().st_size for name in formats.ONNX)
