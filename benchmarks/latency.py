@@ -42,18 +42,12 @@ from models.macs import count_macs
 from piad.mask_table import MaskTable
 from report.plots import plot_latency
 from supernet.contraction import network_of
+from supernet.runtimes import compiled
 from supernet.timing import time_alternately
 from utils import run_program
 
 MODES = ("eager", "compile")
 OP_CODES = 400  # in the random table that is used without --mask-table
-
-
-def compiled(model: nn.Module) -> nn.Module:
-    """torch.compile for one input shape, with the whole model in one graph."""
-    # All sizes share the code of one forward(), so each counts as a recompilation and the default limit is too low.
-    torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 1000
-    return torch.compile(model, dynamic=False, fullgraph=True)
 
 
 @torch.inference_mode()

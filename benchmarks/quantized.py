@@ -16,6 +16,7 @@ from torch import Tensor
 
 import supernet
 from benchmarks.common import (
+    CLOCKS,
     Row,
     describe_machine,
     make_model,
@@ -26,7 +27,6 @@ from benchmarks.common import (
     random_batch,
     ratio,
     report,
-    time_alternately,
     timing_numbers,
 )
 from benchmarks.sizes import half_widths
@@ -39,6 +39,7 @@ from report.exports import FileModel
 from supernet.formats import model_of_target
 from supernet.graphs import Outputs, graph_of, onnx_outputs, write_onnx_graph
 from supernet.reduction import write_float16, write_int8
+from supernet.timing import time_alternately
 from utils import run_program
 
 GOALS = {"half": 1.8, "half_int8": 3.0}  # times faster than the whole model
@@ -59,7 +60,7 @@ def measure_speed(args: argparse.Namespace, device: torch.device, folder: Path) 
     for batch_size in args.batch_sizes:
         images, _ = random_batch(whole, batch_size, device)
         variants = {name: partial(run, images) for name, run in runs.items()}
-        seconds = time_alternately(variants, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)
+        seconds = time_alternately(variants, device, repeats=args.repeats, warmup=args.warmup, now=CLOCKS[args.clock])
         for name in ("whole_int8", "half", "half_int8"):
             rows.append(
                 Row(

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from arguments import any_precision
 from benchmarks.common import (
+    CLOCKS,
     Row,
     describe_machine,
     in_new_process,
@@ -32,13 +33,13 @@ from benchmarks.common import (
     random_batch,
     report,
     reset_peak,
-    time_alternately,
 )
 from benchmarks.sizes import half_widths
 from benchmarks.training import Step
 from models.backbone import full_widths
 from models.elastic import make_elastic
 from piad.distillation import Distillation, Teacher
+from supernet.timing import time_alternately
 from utils import run_program, tf32
 
 MODELS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
@@ -58,7 +59,9 @@ def measure(args: argparse.Namespace, model: str, name: str) -> dict[str, Any]:
         with amp, tf32():
             work()
 
-    seconds = time_alternately({name: run}, device, repeats=args.repeats, warmup=args.warmup, clock=args.clock)[name]
+    seconds = time_alternately({name: run}, device, repeats=args.repeats, warmup=args.warmup, now=CLOCKS[args.clock])[
+        name
+    ]
     return {"seconds": seconds, "bytes": peak_so_far(device) - held}
 
 

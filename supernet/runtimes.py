@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.backbone import Backbone
 from utils import UserError, first_line
@@ -57,9 +57,15 @@ def _eager(model: Backbone, batch_size: int, amp: torch.dtype | None) -> Outputs
     return run
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    """torch.compile for one input shape, with the whole model in one graph."""
+    # All sizes share the code of one forward(), so each counts as a recompilation and the default limit is too low.
+    torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 1000
+    return torch.compile(model, dynamic=False, fullgraph=True)
+
+
 def _compiled(model: Backbone, batch_size: int, amp: torch.dtype | None) -> Outputs:
-    torch.compiler.reset()  # after a few models of the same code it would not compile another one
-    run = _eager(torch.compile(model, dynamic=False), batch_size, amp)
+    run = _eager(compiled(model), batch_size, amp)
     parameter = next(model.parameters())
     size = (batch_size, model.in_chans, *model.patch_embed.img_size)
     try:
