@@ -71,6 +71,9 @@ def load(
     given = weights_of(state, weights, use_ema)
     tensors = prepared(given)
     classes = head_size(tensors)
+    said = model_kwargs.get("num_classes")
+    if classes and said is not None and said != classes:
+        raise UserError(f"{source if facts else path}: num_classes is {said}, but the weights have {classes} classes")
     # Weights of this project say how many classes they have; others without a head have none.
     kwargs = {**model_kwargs, "num_classes": classes} if classes or not facts else model_kwargs
     timm_kwargs = as_tuples(kwargs) | ({"drop_path_rate": drop_path} if drop_path else {})
