@@ -1,4 +1,4 @@
-"""What an export measures: its sizes, and its files in smaller numbers against float32."""
+"""What an export measures: its sizes, and its float16 and int8 files compared with float32."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def loader(network: Network, images: Images, batch_size: int) -> DataLoader:
 
 
 def make_checks(args: argparse.Namespace, network: Network, images: Images | None) -> Checks:
-    """Random images, and some of the data set if there is one; for smaller numbers, the proxy set and held-out images.
+    """Random images, and some of the data set if there is one; for float16 and int8, the proxy set and held-out images.
 
     Raises UserError where the proxy set is too small to calibrate on.
     """
@@ -106,7 +106,9 @@ def make_checks(args: argparse.Namespace, network: Network, images: Images | Non
 
 
 def calibration(args: argparse.Namespace, network: Network) -> Callable[[], Iterator[Tensor]]:
-    """What gives the proxy set in batches (B, C, height, width); with --static-batch, in whole batches of that size.
+    """A function that yields the proxy set in batches (B, C, height, width).
+
+    With --static-batch, all batches have that size, and images that do not fill a batch are left out.
 
     Raises UserError where it is too small.
     """
@@ -124,7 +126,7 @@ def calibration(args: argparse.Namespace, network: Network) -> Callable[[], Iter
 
 
 class FileFidelity:
-    """Measures of a file in smaller numbers against its size in float32, on images that are held out.
+    """Compares a float16 or int8 file with the same size in float32, on images that are held out.
 
     With labels and logits, also the top-1 of both. At most --proxy-samples images, drawn from the seed.
     """
@@ -145,28 +147,28 @@ class FileFidelity:
 
 
 class FileModel(nn.Module):
-    """A file that gives the target, in the place of the model that it was made from."""
+    """Wraps an exported file, whose output is the target, so that it can be evaluated like a model."""
 
     def __init__(self, outputs_of: Outputs, small: Backbone, target: str):
         super().__init__()
         self.outputs_of, self.small, self.target = outputs_of, small, target
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, C, height, width) to what the file gives."""
+        """images (B, C, height, width) to the output of the file."""
         return self.outputs_of(images)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """What the file gives: features (B, D), or tokens (B, N, D), for a Swin (B, H, W, D)."""
+        """The output of the file: features (B, D), or tokens (B, N, D), for a Swin (B, H, W, D)."""
         found = self.outputs_of(images)
         return found if self.target == "features" else found.view_as(self.small.forward_features(images))
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens to features (B, D); features are what they are."""
+        """Tokens to features (B, D); features are returned as they are."""
         return tokens if self.target == "features" else self.small.forward_head(tokens, pre_logits=pre_logits)
 
 
 def reduced_table(rows: list[dict[str, Any]]) -> str:
-    """A text table of the files in smaller numbers, a line each; "" where there are none."""
+    """A text table with one line per float16 or int8 file; an empty string if there are no such files."""
     found = [(row["op_code"], name, measures) for row in rows for name, measures in row.get("reduced", {}).items()]
     if not found:
         return ""

@@ -50,7 +50,11 @@ class Study:
         self.full = full_widths(self.model)
         conditions = {"runtime": args.runtime, "dtype": dtype_in_words(self.model, args.amp)}
         conditions["batch_size"] = args.batch_size
-        self.profile = self._given_profile(conditions) if args.cost_of else self._measured_profile()
+        self.profile = (
+            self._given_profile(conditions)
+            if args.cost_of
+            else measure_profile(self.model, self.network.name, **self.timing())
+        )
         self.tables: dict[str, MaskTable] = {}
         for made_for, profile in (("time", self.profile), ("MACs", None)):
             self.network.retable(profile, 1.0)  # both reach any time
@@ -67,9 +71,6 @@ class Study:
         profile = self.network.profile(self.args.cost_of)
         profile.check(**conditions)
         return profile
-
-    def _measured_profile(self) -> DeviceProfile:
-        return measure_profile(self.model, self.network.name, **self.timing())
 
     def timing(self) -> dict[str, Any]:
         """How networks are timed."""

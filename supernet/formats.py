@@ -30,7 +30,7 @@ from .opening import load
 from .reduction import write_float16, write_int8
 
 LIMIT = 1e-4  # relative error, float32
-# The lowest fidelity to the same size in float32 that a file in smaller numbers is written with: measure -> limit.
+# A float16 or int8 file must be this near to the same size in float32: measure -> limit.
 LIMITS = {"kl": 0.01, "token_cosine": 0.99, "feature_cosine": 0.99}
 REDUCED = ("onnx-fp16", "onnx-int8")
 ONNX = ("onnx", *REDUCED)
@@ -59,8 +59,8 @@ class Checks:
     """What files are checked with, and calibrated on.
 
     images: what they are -> images (B, C, height, width), for the files that give what the model gives.  calibration:
-    gives batches of images for int8.  fidelity: the measures of a file in smaller numbers, from what runs it and the
-    model in float32.  force: write it, whatever they are.
+    gives batches of images for int8.  fidelity: the measures of a float16 or int8 file, from the function that
+    runs it and the model in float32.  force: write it, whatever they are.
     """
 
     images: dict[str, Tensor]

@@ -34,7 +34,7 @@ def known_fidelity(source: Path | None, stamp: str | None, averaged: bool, table
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A report, {} where there is none that can be read: it is of use, but not needed."""
+    """The content of a report. {} if the file is missing or damaged, since a report is optional."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -43,7 +43,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _score(row: Any, table: MaskTable) -> tuple[int, float] | None:
-    """Op code and fidelity of a size; None for a size that the table does not have, or without a fidelity."""
+    """The op code and the fidelity of a row; None if the size is not in the table or has no fidelity."""
     if not isinstance(row, dict):
         return None
     code, grouped = row.get("op_code"), row.get("fidelity")

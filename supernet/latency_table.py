@@ -27,7 +27,9 @@ def write_measure(path: Path, files: list[tuple[str, int]]) -> None:
 
 
 class LatencyTable:
-    """Seconds per batch of every op code, interpolated between the rows of a measure.csv. As Latencies.
+    """Seconds per batch of every op code, interpolated between the rows of a measure.csv.
+
+    It can be used in place of latency.Latencies.
 
     seconds: op code -> seconds.  where: the batch and the file, in words.  key: what the figures are latencies of.
     """

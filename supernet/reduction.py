@@ -1,4 +1,4 @@
-"""An ONNX file in smaller numbers, float16 or int8, made by ONNX Runtime's own tools."""
+"""An ONNX file in float16 or int8, made by ONNX Runtime's own tools."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _is_large(source: Path) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the notes of ONNX Runtime's tools, which are about their own steps."""
+    """Hides the log messages of ONNX Runtime's tools, which describe their own steps."""
     logging.disable(logging.WARNING)
     try:
         yield

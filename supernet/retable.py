@@ -1,4 +1,4 @@
-"""Makes another mask table for a super-network that the method best made, without images, in seconds.
+"""Makes another mask table for a super-network of reparam.py --method best, without images, in seconds.
 
     python -m supernet.retable output/best --cost-of device.json
     python -m supernet.retable output/best --dropout-ratio 0.95 --output other/mask_table.json

@@ -1,4 +1,4 @@
-"""Timing of anything that can be called, and of models on a runtime."""
+"""Timing functions in alternation, and models in a runtime."""
 
 from __future__ import annotations
 
