@@ -36,26 +36,20 @@ class Recipe:
 
 def prune(base: VisionTransformer, batches: Iterable[tuple[Tensor, Tensor]], max_macs: float) -> VisionTransformer:
     """Prunes a copy of a classifier by Torch-Pruning's own recipe. Raises UserError where it cannot be as small."""
-    model = prune_within(base, batches, max_macs, Recipe())
+    batches = list(batches)
+    model = prune_within(base, gradients_of(base, batches, "ce", "logits"), batches[0][0][:1], max_macs, Recipe())
     if model is None:
         raise UserError(f"Torch-Pruning cannot prune this network to {max_macs:g} MACs")
     return model
 
 
 def prune_within(
-    base: VisionTransformer,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    max_macs: float,
-    recipe: Recipe,
-    cost: str = "ce",
-    target: str = "logits",
+    base: VisionTransformer, gradients: list[Tensor | None], example: Tensor, max_macs: float, recipe: Recipe
 ) -> VisionTransformer | None:
     """Prunes a copy at the smallest ratio within max_macs, in steps of 1/64; None where no ratio is.
 
-    cost, target: of models.targets, what the Taylor importance on the batches is of.
+    gradients: see gradients_of().  example: an image (1, C, height, width).
     """
-    batches = list(batches)
-    gradients, example = gradients_of(base, batches, cost, target), batches[0][0][:1]
     low, high, best = 0, STEPS, None
     while low < high:
         middle = (low + high) // 2
@@ -70,7 +64,7 @@ def prune_within(
 def gradients_of(
     model: VisionTransformer, batches: Iterable[tuple[Tensor, Tensor]], cost: str, target: str
 ) -> list[Tensor | None]:
-    """The gradient of the cost, summed over the batches, for each parameter."""
+    """The gradient of a cost of the output `target`, see models.targets, summed over the batches, of each parameter."""
     model, seen = copy.deepcopy(model).eval(), 0
     for images, labels in batches:
         COSTS[cost](output_of(model, images, target), labels, range(seen, seen + len(images))).backward()
@@ -81,7 +75,7 @@ def gradients_of(
 def pruned(
     base: VisionTransformer, gradients: list[Tensor | None], example: Tensor, ratio: float, recipe: Recipe
 ) -> VisionTransformer:
-    """A copy pruned at a ratio; example: an image (1, C, height, width)."""
+    """A copy pruned at a ratio, by the Taylor importance of the gradients."""
     try:
         import torch_pruning
     except ImportError as error:

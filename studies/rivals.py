@@ -71,7 +71,10 @@ class Encoder(encoders.Study):
 
 
 def run_method(bench: Classifier | Encoder, task: Task, name: str, sizes: list[str]) -> None:
-    """Measures a method at the sizes for which there is no result; a size that it does not have gets empty values."""
+    """Measures a method at the sizes for which there is no result; a size that it does not have gets empty values.
+
+    What it searched for is written down, too, so that a later run need not search again.
+    """
     key = {"method": name, "draw": task.seed, "fit": bench.fit, "report": bench.report}
     missing = [size for size in sizes if not bench.results.rows("rows", **key, size=size)]
     if not missing:
@@ -79,24 +82,16 @@ def run_method(bench: Classifier | Encoder, task: Task, name: str, sizes: list[s
     task.borrowed, start = 0.0, time.perf_counter()
     cutter = METHODS[name](task)
     prepared, whole = time.perf_counter() - start + task.borrowed, macs_of(task.model)
+    for search, found in task.searches.items():
+        searched = {"search": search, "draw": task.seed, "fit": bench.fit}
+        if not bench.results.rows("searches", **searched):
+            bench.results.add("searches", searched | {"found": found})
     for size in missing:
         start = time.perf_counter()
         small = cutter(Size.parse(size))
         seconds = {"seconds_to_prepare": prepared, "seconds_to_cut": time.perf_counter() - start}
         row = {"size": size, "macs_share": None if small is None else macs_of(small) / whole}
         bench.results.add("rows", key | row | ({} if small is None else bench.measure(small)) | seconds)
-
-
-def run_draw(bench: Classifier | Encoder, draw: int, methods: list[str], sizes: list[str]) -> None:
-    """Measures the methods on one draw of images; what they search for is written down, too."""
-    key = {"draw": draw, "fit": bench.fit}
-    task = bench.task(draw)
-    task.searches = {row["search"]: row["found"] for row in bench.results.rows("searches", **key)}
-    for method in methods:
-        known = set(task.searches)
-        run_method(bench, task, method, sizes)
-        for name in task.searches.keys() - known:
-            bench.results.add("searches", {"search": name, **key, "found": task.searches[name]})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,7 +179,12 @@ def main() -> None:
     bench_of = {"classifier": Classifier, "encoder": Encoder}[args.kind]
     bench = bench_of(args, init_processes(args), args.output_dir / f"rivals_{args.name}.json")
     for draw in progress_bar(args.draws, "draws"):
-        run_draw(bench, draw, args.methods, args.sizes)
+        task = bench.task(draw)
+        task.searches = {
+            row["search"]: row["found"] for row in bench.results.rows("searches", draw=draw, fit=bench.fit)
+        }
+        for method in args.methods:
+            run_method(bench, task, method, args.sizes)
     results = bench.results
     results.log()
     print(markdown(results.content))

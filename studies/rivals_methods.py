@@ -14,7 +14,7 @@ from models.extraction import extract
 from models.macs import count_macs
 from models.targets import default_cost
 from studies.criteria import importance_by, sort_dims
-from studies.dependency_pruning import Recipe, prune_within
+from studies.dependency_pruning import Recipe, gradients_of, prune_within
 from studies.rivals_corp import corp
 from studies.rivals_snapvit import snapvit
 from studies.rivals_task import Cutter, Size, Task, smallest_cut
@@ -73,11 +73,12 @@ def package(recipe: Recipe, task: Task) -> Cutter:
     """Torch-Pruning. Where the outputs are features or tokens, whose length it would change, it keeps the embedding."""
     model, target = task.model, task.network.target
     cost = "ce" if target == "logits" else default_cost(target)
+    gradients = task.shared("gradients", lambda: gradients_of(model, task.batches, cost, target))
 
     def cut(size: Size) -> VisionTransformer | None:
         if size.macs is None or (target != "logits" and not recipe.bottleneck):
             return None
-        return prune_within(model, task.batches, size.macs * count_macs(model), recipe, cost, target)
+        return prune_within(model, gradients, task.images[0][:1], size.macs * count_macs(model), recipe)
 
     return cut
 

@@ -293,12 +293,12 @@ def test_corp_corrects_the_scores_of_narrow_query_and_key():
 
 def test_corp_cuts_every_block_alike_and_keeps_a_few_dims():
     task = task_of()
-    small = METHODS["CORP"](task)(Size(macs=0.5))
+    small = METHODS["CORP"](task)(Size(macs=0.6))
     shapes = {(block.mlp.fc1.out_features, block.attn.qk_dim) for block in small.blocks}
     assert len(shapes) == 1 and min(shapes)[0] >= 64 and min(shapes)[1] >= 8
-    assert 0.45 < macs_of(small) / macs_of(task.model) <= 0.5
+    assert 0.57 < macs_of(small) / macs_of(task.model) <= 0.6
     cut = METHODS["CORP"](task)
-    assert cut(Size(macs=0.4)) is None and cut(Size(mlp=0.5, heads=0.5)) is None
+    assert cut(Size(macs=0.5)) is None and cut(Size(mlp=0.5, heads=0.5)) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,9 +462,10 @@ def matched(small: Tensor, whole: Tensor) -> Tensor:
 @pytest.mark.parametrize("isomorphic", [False, True])
 def test_a_pruned_network_is_the_masked_one(isomorphic: bool):
     pytest.importorskip("torch_pruning")
-    base, data = random_backbone(), [(IMAGES, LABELS)]
+    base = random_backbone()
+    gradients = dependency_pruning.gradients_of(base, [(IMAGES, LABELS)], "ce", "logits")
     recipe = Recipe(bottleneck=True, isomorphic=isomorphic)
-    small = dependency_pruning.prune_within(base, data, 0.5 * count_macs(base), recipe)
+    small = dependency_pruning.prune_within(base, gradients, IMAGES[:1], 0.5 * count_macs(base), recipe)
     assert 0.4 * count_macs(base) < count_macs(small) == macs_of(small) <= 0.5 * count_macs(base)
     assert (small.embed_dim, len(small.blocks)) == (48, 2)
     masked = copy.deepcopy(base)
