@@ -73,22 +73,31 @@ def corp(task: Task, sequential: bool) -> Cutter:
     check_plain(model)
     hidden, dims = model.blocks[0].mlp.fc1.out_features, model.blocks[0].attn.head_dim
 
+    fewest = min(MIN_UNITS, hidden), min(MIN_DIMS, dims)
+
     def kept(size: Size) -> tuple[int, int]:
-        """Units, and dims of q and k, that each block keeps."""
-        fewest = min(MIN_UNITS, hidden), min(MIN_DIMS, dims)
-        return max(fewest[0], hidden - int(hidden * size.mlp)), max(fewest[1], dims - int(dims * size.qk))
+        """Units, and dims of q and k, that each block would keep."""
+        return hidden - int(hidden * size.mlp), dims - int(dims * size.qk)
+
+    def equal_shares(share: float) -> tuple[int, int]:
+        """The same share of both is removed, but a block keeps the fewest of each."""
+        units, narrow = kept(Size(mlp=share, qk=share))
+        return max(units, fewest[0]), max(narrow, fewest[1])
 
     def macs(share: float) -> int:
-        units, narrow = kept(Size(mlp=share, qk=share))
+        units, narrow = equal_shares(share)
         return macs_without(model, units=len(model.blocks) * (hidden - units), qk=len(model.blocks) * (dims - narrow))
 
     def cut(size: Size) -> VisionTransformer | None:
-        if size.macs is not None:
+        if size.macs is None:
+            units, narrow = kept(size)
+            if size.heads or units < fewest[0] or narrow < fewest[1]:
+                return None
+        else:
             share = smallest_cut(macs, size.macs * macs_without(model))
-            return None if share is None else cut(Size(mlp=share, qk=share))
-        if size.heads:
-            return None
-        units, narrow = kept(size)
+            if share is None:
+                return None
+            units, narrow = equal_shares(share)
         step = partial(cut_block, units=units, dims=narrow)
         return cut_in_order(copy.deepcopy(model), task.images, watch, step, sequential)
 
