@@ -159,7 +159,7 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
         nargs="+",
         default=[0, 1, 2],
         metavar="N",
-        help="seeds of the proxy sets or of training (default: 0 1 2)",
+        help="seeds of the proxy sets or of training (default: %(default)s)",
     )
     group.add_argument(
         "--val-images", type=positive, metavar="N", help="number of images of val/ to use, drawn once (default: all)"

@@ -155,11 +155,15 @@ def parse_arguments() -> argparse.Namespace:
     encoder.set_defaults(draws=[0], threads=None)
     for group in groups:
         group.add_argument(
-            "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="(default: all)"
+            "--methods",
+            nargs="+",
+            choices=METHODS,
+            default=[name for name in METHODS if "steps" not in name],
+            metavar="NAME",
+            help="methods to measure (default: all but refitting by steps, which trains)",
         )
-        group.add_argument(
-            "--sizes", nargs="+", type=size_name, default=SIZES, metavar="SIZE", help="see above (default: %(default)s)"
-        )
+        known = f"see above (default: {' '.join(SIZES)})"
+        group.add_argument("--sizes", nargs="+", type=size_name, default=SIZES, metavar="SIZE", help=known)
     return parser.parse_args()
 
 
