@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import sys
@@ -29,6 +30,7 @@ from studies import alternatives, choices, encoders, recipes, regimes, training
 from studies.common import Results, run_entry_point, zero_dims
 from studies.criteria import ClassTokenOnly, EqualTokens
 from studies.regimes import CHOICES
+from studies.two_widths import extract_parted, parted
 from supernet import Network
 from wpac.statistics import TokenCollector, TokenMoments, collect_statistics
 
@@ -147,6 +149,27 @@ def test_tables_have_a_cell_for_each_size():
     assert np.isclose(sum(alternatives.SHARES.values()), 1.5)
 
 
+def test_two_widths_of_an_attention_leave_out_the_other_dims():
+    model = random_backbone()
+    full = full_widths(model)
+    half = {key: width // 2 for key, width in full.items()}
+    qk, v = parted(half, 0.5, full)
+    assert qk["0.attn"] < half["0.attn"] < v["0.attn"] and qk["0.attn"] + v["0.attn"] == 2 * half["0.attn"]
+    images = random_data(4)[0]
+    expected = copy.deepcopy(model)
+    for index, block in enumerate(expected.blocks):
+        attn, heads = block.attn, block.attn.num_heads
+        for parameter in (attn.qkv.weight, attn.qkv.bias):
+            parts = parameter.data.unflatten(0, (3, heads, -1))
+            parts[:2, :, qk[f"{index}.attn"] :], parts[2, :, v[f"{index}.attn"] :] = 0, 0
+        block.mlp.fc2.weight.data[:, v[f"{index}.mlp"] :] = 0
+    assert relative(extract_parted(model, qk, v)(images), expected(images)) < 1e-12
+    assert relative(extract_parted(model, half, half)(images), extract(model, half)(images)) < 1e-12
+
+
+POOLED = {"class_token": False, "global_pool": "map"}
+
+
 def test_the_study_of_encoders_measures_every_grade(tmp_path: Path, capsys: pytest.CaptureFixture):
     photos, generator = tmp_path / "photos", np.random.default_rng(0)
     photos.mkdir()
@@ -163,14 +186,25 @@ def test_the_study_of_encoders_measures_every_grade(tmp_path: Path, capsys: pyte
     files = ["--photos", photos, "--checkpoint", tmp_path / "encoder.safetensors", "--head",
              tmp_path / "head.safetensors", "--output-dir", tmp_path]  # fmt: skip
     model = ["--model", PLAIN, "--model-kwargs", *(f"{key}={value}" for key, value in shape.items())]
-    run_entry_point(encoders.main, "--name", "tiny", *files, *model, "--fit", 14, "--report", 6, "--steps", 2, 0)
-    rows = json.loads((tmp_path / "encoders_tiny.json").read_text())["rows"]
+    steps = ["--fit", 14, "--report", 6, "--steps", 2, 0, "--qk", 1, 0.5]
+    run_entry_point(encoders.main, "--name", "tiny", *files, *model, *steps)
+    results = json.loads((tmp_path / "encoders_tiny.json").read_text())
+    rows, apart = results["rows"], results["two_widths"]
     assert [(row["size"], row["steps"]) for row in rows] == [
         (size, steps) for steps in (None, 2, 0) for size in ("0.5", "0.25", "mild")
     ]
-    assert all(-1 <= row["class"] <= 1 and 0 <= row["iou"] <= 1 for row in rows)
+    assert all(-1 <= row["features"] <= 1 and 0 <= row["iou"] <= 1 for row in rows)
     assert rows[2]["patch"] > rows[0]["patch"] > rows[1]["patch"]  # less is cut: nearer
+    assert apart[0]["share"] == 1 and apart[0]["patch"] == pytest.approx(rows[0]["patch"], abs=1e-6)
     assert "| compensated |" in capsys.readouterr().out and (tmp_path / "encoders_tiny.png").exists()
+    # Random weights, no head, and a model that pools its tokens by attention.
+    pooled = ["--model-kwargs", *(f"{key}={value}" for key, value in (shape | POOLED).items()), "--target", "features"]
+    files = ["--photos", photos, "--output-dir", tmp_path, "--model", PLAIN, *pooled]
+    run_entry_point(encoders.main, "--name", "random", *files, "--fit", 14, "--report", 6, "--steps", 0)
+    results = json.loads((tmp_path / "encoders_random.json").read_text())
+    assert results["target"] == "features" and results["contraction"][0]["largest_change"] < 1e-4
+    assert all("iou" not in row and -1 <= row["patch"] <= 1 for row in results["rows"])
+    assert "| MACs | sub-network | features | patch | seconds |" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -50,9 +50,8 @@ def refit(
     """Refits every branch of `small` to the whole network, in place and in forward order.
 
     model: the whole network that `small` was cut from.  images: batches (B, C, height, width), read once.  target: see
-    models.targets (default: that of default_target()).  steps: 0 solves the linear layers by damped least squares;
-    more are the steps of gradient descent that each block is trained for instead (see wpac.descent), on images that
-    `seed` decides.
+    models.targets (default: that of default_target()).  steps: of gradient descent, which each block is trained for
+    after its linear layers were solved by damped least squares (see wpac.descent), on images that `seed` decides.
     By least squares, each layer is fitted on the inputs that it receives after the layers before it have been refitted.
     The targets of the first layers of a branch (such as qkv, fc1) are the outputs of those layers for the whole
     network's residual stream. The targets of the last layer (proj, fc2) are that stream after the branch, so that
@@ -78,23 +77,26 @@ def refit(
         if index is None:  # a Swin merges patches
             for batch in batches:
                 batch.whole, batch.cut = parts[0][1](batch.whole), parts[0][1](batch.cut)
-        elif steps:
-            runs = [part for part in cut_parts if _block_of(part) == index]
+            continue
+        inputs = [batch.cut for batch in batches]
+        for key, run in parts:
+            if key in cut_runs:
+                replaced += _refit_branch(Branch(model, key, run), Branch(small, key, cut_runs[key]), batches)
+            else:
+                for batch in batches:
+                    batch.whole = batch.whole + run(batch.whole)
+        runs = [part for part in cut_parts if _block_of(part) == index]
+        if steps and runs:
+            for batch, x in zip(batches, inputs, strict=True):
+                batch.cut = x
             weights = weights_of_tokens(model, parts[-1], batches[0].whole, target)
-            replaced += descend(blocks_of(small)[index], parts, runs, batches, weights, steps, seed, index)
-        else:
-            for key, run in parts:
-                if key in cut_runs:
-                    replaced += _refit_branch(Branch(model, key, run), Branch(small, key, cut_runs[key]), batches)
-                else:
-                    for batch in batches:
-                        batch.whole = batch.whole + run(batch.whole)
+            replaced += descend(blocks_of(small)[index], runs, batches, weights, steps, seed, index)
     expected = [from_tokens(model, model.norm(batch.whole), target) for batch in held_out]
     after = [from_tokens(small, small.norm(batch.cut), target) for batch in held_out]
     distances = [[_distance(target, *pair) for pair in zip(expected, found, strict=True)] for found in (before, after)]
     result = _compared(*(torch.cat([torch.zeros(0, dtype=torch.float64, device=device), *part]) for part in distances))
     if not result.helped:
-        for module, name, parameter in replaced:
+        for module, name, parameter in reversed(replaced):
             setattr(module, name, parameter)
         say(f"refitting did not help on held-out images ({result.before:.3g} -> {result.after:.3g}): left as it was")
     model.train(training[0])
