@@ -111,12 +111,6 @@ class Study:
             scores["iou"] = ((found & expected).sum() / (found | expected).sum()).item()
         return scores, maps
 
-    def check_contraction(self) -> None:
-        """Notes the largest change of a token's value by the contraction, as a share of the largest value."""
-        if not self.results.rows("contraction"):
-            error = (self.tokens(self.network.model) - self.whole).abs().max() / self.whole.abs().max()
-            self.results.add("contraction", {"largest_change": error.item()})
-
     def widths(self, size: str) -> dict[str, int]:
         """The widths of "mild", or of a share of the MACs by the mask table of the contracted network."""
         if size == "mild":
@@ -197,8 +191,8 @@ def main() -> None:
     init_processes(args)
     study = Study(args)
     batches = [(images, torch.zeros(len(images), dtype=torch.long)) for images in study.fitted.split(BATCH)]
-    contract_network(study.network, batches, method="best", dropout_ratio=0.95)
-    study.check_contraction()
+    contraction = contract_network(study.network, batches, method="best", dropout_ratio=0.95)
+    study.results.content["largest_change"] = contraction.difference  # of the target, relative to its largest value
     for size, share in itertools.product([size for size in args.sizes if size != "mild"], args.qk):
         study.measure_two_widths(size, share)
     shown = {"whole": study.maps}
