@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import itertools
 import json
 import sys
@@ -26,12 +27,13 @@ from piad import importance
 from piad.dropout_list import unit_sizes
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
-from studies import alternatives, choices, encoders, recipes, regimes, training
+from studies import alternatives, choices, encoders, quantized, recipes, regimes, training
 from studies.common import Results, run_entry_point, zero_dims
 from studies.criteria import ClassTokenOnly, EqualTokens
 from studies.regimes import CHOICES
 from studies.two_widths import extract_parted, parted
 from supernet import Network
+from supernet.graphs import ONNX_PACKAGES
 from wpac.statistics import TokenCollector, TokenMoments, collect_statistics
 
 
@@ -276,6 +278,48 @@ def test_recipes_are_trained_once(labels: bool, contracted: Path, tmp_path: Path
     assert len(set(found.values())) == len(names)
     assert all(row["labels"] == labels for row in content["rows"])
     assert f"| two passes | 1 | {content['rows'][4]['averaged']['top1']['0.5']:.1f} |" in recipes.markdown(content)
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ONNX_PACKAGES), reason="needs requirements-export.txt"
+)
+def test_float32_and_int8_are_compared_and_timed_once(contracted: Path, tmp_path: Path):
+    words = [
+        "--name",
+        "tiny",
+        "--checkpoint",
+        contracted,
+        "--data-set",
+        "digits",
+        "--val-images",
+        64,
+        "--calibration",
+        32,
+    ]
+    words += ["--sizes", 3, "--batch-sizes", 1, 4, "--repeats", 2, "--threads", 1, "--output-dir", tmp_path]
+    for _ in range(2):  # the second time everything is there
+        run_entry_point(quantized.main, *words)
+        content = json.loads((tmp_path / "quantized_tiny.json").read_text())
+        codes = list(dict.fromkeys(row["op_code"] for row in content["sizes"]))
+        assert len(codes) == 3 and codes[0] == 0
+        files = [(code, dtype) for code in codes for dtype in ("float32", "int8")]
+        assert [(row["op_code"], row["dtype"]) for row in content["sizes"]] == files
+        assert [(row["op_code"], row["dtype"]) for row in content["times"]] == 2 * files
+    whole, whole_int8, *_ = content["sizes"]
+    assert whole["kl"] < 1e-9 and whole["agreement"] == 100  # the file against the model
+    assert 1e-8 < whole_int8["kl"] < 0.1 and whole_int8["bytes"] < whole["bytes"]
+    assert (tmp_path / "quantized_tiny.png").stat().st_size > 10_000
+    lines = quantized.markdown(content).splitlines()
+    assert len(lines) == 2 + 6 + 1 + 2 + 2 * 3
+
+
+def test_the_best_file_within_a_time_is_the_nearest_one():
+    rows = [{"milliseconds": time, "kl": kl} for time, kl in ((3.0, 0.1), (2.0, 0.3), (1.5, 0.2), (1.0, 0.9))]
+    assert quantized.best_within(rows, 2.5) == {"milliseconds": 1.5, "kl": 0.2}
+    assert quantized.best_within(rows, 0.9) is None
+    assert (
+        quantized.best_within([{"milliseconds": 1.0, "token_cosine": c} for c in (0.7, 0.9)], 1)["token_cosine"] == 0.9
+    )
 
 
 def test_log_law_draws_small_networks_as_often_as_large_ones(contracted: Path):
