@@ -141,18 +141,8 @@ class Study:
             self.results.add("two_widths", key | self.scores(small)[0])
 
 
-def two_widths_markdown(results: dict[str, Any]) -> str:
-    """The table of docs/RESULTS.md for two widths per attention."""
-    lines = ["| size | width of q and k, times | features | patch | IoU |", "|---|---|---|---|---|"]
-    for row in sorted(results["two_widths"], key=lambda row: (-float(row["size"]), row["share"])):
-        lines.append(
-            f"| {row['size']} | {row['share']:g} | {row['features']:.3f} | {row['patch']:.3f} | {row['iou']:.3f} |"
-        )
-    return "\n".join(lines)
-
-
 def markdown(results: dict[str, Any]) -> str:
-    """The table of docs/RESULTS.md: cosines of the features and of the patch tokens, and IoU."""
+    """The tables of docs/RESULTS.md: cosines of the features and of the patch tokens, and IoU."""
     names = {"features": "features", "patch": "patch", "iou": "IoU"}
     scores = [key for key in names if key in results["rows"][0]]
     lines = [f"| MACs | sub-network | {' | '.join(names[key] for key in scores)} | seconds |"]
@@ -163,6 +153,12 @@ def markdown(results: dict[str, Any]) -> str:
         grade = "compensated" if steps is None else f"refitted, {steps} steps" if steps else "refitted, least squares"
         values = " | ".join(f"{row[key]:.3f}" for key in scores)
         lines.append(f"| {row['macs_share']:.2f} | {grade} | {values} | {row['seconds']:.0f} |")
+    if apart := results.get("two_widths", []):
+        lines += ["", f"| size | width of q and k, times | {' | '.join(names[key] for key in scores)} |"]
+        lines.append("|---" * (len(scores) + 2) + "|")
+        for row in sorted(apart, key=lambda row: (-float(row["size"]), row["share"])):
+            values = " | ".join(f"{row[key]:.3f}" for key in scores)
+            lines.append(f"| {row['size']} | {row['share']:g} | {values} |")
     return "\n".join(lines)
 
 
@@ -176,7 +172,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--fit", type=positive, default=500, metavar="N", help="photos to fit on (default: %(default)s)")
     group.add_argument("--report", type=positive, default=100, metavar="N", help="photos after them to report on")
     group.add_argument("--target", choices=("features", "tokens"), default="tokens", help="of all steps")
-    group.add_argument("--steps", type=count, nargs="+", default=[500, 0], help="of refitting; 0 = least squares")
+    group.add_argument("--steps", type=count, nargs="+", default=[400, 0], help="of refitting; 0 = least squares")
     group.add_argument("--qk", type=float, nargs="*", default=[], help="also this times the width for q and k alone")
     group.add_argument("--sizes", nargs="+", default=["0.5", "0.25", "mild"], help="shares of the MACs, or mild")
     group.add_argument("--output-dir", type=Path, default=RESULTS, metavar="DIR", help="where results go")
