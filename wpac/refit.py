@@ -58,7 +58,7 @@ def refit(
     errors of earlier layers are corrected, too. One image in HELD_OUT is not fitted: a layer whose fit does not lower
     the error on those images keeps what it had. By gradient descent, the target of a block is that stream after it.
     Either way the sub-network stays as it was if its output is not nearer to the whole network's on those images.
-    The residual streams of all images are kept in memory, once for each of the two networks, and at most as much again.
+    The residual streams of all images are kept in memory, once for each of the two networks, and at most one more.
     Raises UserError where there are fewer than two different images, or with steps a process without any to fit.
     """
     if full_widths(small) == full_widths(model):  # nothing was cut
@@ -81,7 +81,8 @@ def refit(
         inputs = [batch.cut for batch in batches]
         for key, run in parts:
             if key in cut_runs:
-                replaced += _refit_branch(Branch(model, key, run), Branch(small, key, cut_runs[key]), batches)
+                whole, cut = Branch(model, key, run), Branch(small, key, cut_runs[key])
+                replaced += _refit_branch(whole, cut, batches, keep=not steps)
             else:
                 for batch in batches:
                     batch.whole = batch.whole + run(batch.whole)
@@ -143,8 +144,11 @@ def _block_of(part: Part) -> int | None:
 # A branch, by least squares
 
 
-def _refit_branch(whole: Branch, cut: Branch, batches: list[Batch]) -> Replaced:
-    """Refits a branch, and moves both streams past it. Returns the parameters that were replaced."""
+def _refit_branch(whole: Branch, cut: Branch, batches: list[Batch], keep: bool) -> Replaced:
+    """Refits a branch, and moves both streams past it. Returns the parameters that were replaced.
+
+    keep: whether there is memory for one more stream.
+    """
     dim, device = cut.last.out_features, cut.last.weight.device
     order = cut.order(batches[0].cut)
     weights = whole.token_weights(order)
@@ -174,7 +178,7 @@ def _refit_branch(whole: Branch, cut: Branch, batches: list[Batch]) -> Replaced:
             target = mean + deviation * (missing - cut.norm_after.bias) * inverse
             residual = torch.where(scale == 0, 0.0, target - y)
             _add(last, x, residual, weights / deviation[..., 0].square(), batch.held_out)
-        if x.shape[-1] <= dim:  # no more memory than a residual stream, and the branch need not run again
+        if keep and x.shape[-1] <= dim:  # no more memory than a residual stream, and the branch need not run again
             kept.append(x)
     replaced += _fold_last(cut, last, scale.square())
     for number, batch in enumerate(batches):
