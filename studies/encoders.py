@@ -133,12 +133,34 @@ class Study:
         self.results.add("rows", {**key, "macs_share": share, **scores, "seconds": seconds})
         return maps
 
+    def measure_part(self, size: str, part: str) -> None:
+        """Measures, compensated, what is left of the encoder if a size cuts only this part of it.
+
+        part: "attn", "mlp", or the first and the last of some blocks, such as "0-3".
+        """
+        model, key = self.network.model, {"size": size, "part": part}
+        if self.results.rows("parts", **key):
+            return
+        widths = {name: width for name, width in self.widths(size).items() if _is_in(name, part)}
+        widths = full_widths(model) | widths
+        share = count_macs(model, widths) / count_macs(model)
+        self.results.add("parts", {**key, "macs_share": share, **self.scores(extract(model, widths))[0]})
+
     def measure_two_widths(self, size: str, share: float) -> None:
         """Measures a size, compensated, whose q and k have `share` times its width and v as much more or less."""
         model, key = self.network.model, {"size": size, "share": share}
         if not self.results.rows("two_widths", **key):
             small = extract_parted(model, *parted(self.widths(size), share, full_widths(model)))
             self.results.add("two_widths", key | self.scores(small)[0])
+
+
+def _is_in(module: str, part: str) -> bool:
+    """Whether a module, such as "3.attn", belongs to a part of measure_part()."""
+    block, kind = module.split(".")
+    if "-" not in part:
+        return kind == part
+    first, last = map(int, part.split("-"))
+    return first <= int(block) <= last
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -153,6 +175,12 @@ def markdown(results: dict[str, Any]) -> str:
         grade = "compensated" if steps is None else f"refitted, {steps} steps" if steps else "refitted, least squares"
         values = " | ".join(f"{row[key]:.3f}" for key in scores)
         lines.append(f"| {row['macs_share']:.2f} | {grade} | {values} | {row['seconds']:.0f} |")
+    if parts := results.get("parts", []):
+        lines += ["", f"| size | cut in | MACs | {' | '.join(names[key] for key in scores)} |"]
+        lines.append("|---" * (len(scores) + 3) + "|")
+        for row in parts:
+            values = " | ".join(f"{row[key]:.3f}" for key in scores)
+            lines.append(f"| {row['size']} | {row['part']} | {row['macs_share']:.2f} | {values} |")
     if apart := results.get("two_widths", []):
         lines += ["", f"| size | width of q and k, times | {' | '.join(names[key] for key in scores)} |"]
         lines.append("|---" * (len(scores) + 2) + "|")
@@ -174,6 +202,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--target", choices=("features", "tokens"), default="tokens", help="of all steps")
     group.add_argument("--steps", type=count, nargs="+", default=[400, 0], help="of refitting; 0 = least squares")
     group.add_argument("--qk", type=float, nargs="*", default=[], help="also this times the width for q and k alone")
+    group.add_argument("--parts", nargs="*", default=[], help="also cut only attn, mlp, or blocks such as 0-3")
     group.add_argument("--sizes", nargs="+", default=["0.5", "0.25", "mild"], help="shares of the MACs, or mild")
     group.add_argument("--output-dir", type=Path, default=RESULTS, metavar="DIR", help="where results go")
     add_model(group)
@@ -189,6 +218,8 @@ def main() -> None:
     batches = [(images, torch.zeros(len(images), dtype=torch.long)) for images in study.fitted.split(BATCH)]
     contraction = contract_network(study.network, batches, method="best", dropout_ratio=0.95)
     study.results.content["largest_change"] = contraction.difference  # of the target, relative to its largest value
+    for size, part in itertools.product(args.sizes, args.parts):
+        study.measure_part(size, part)
     for size, share in itertools.product([size for size in args.sizes if size != "mild"], args.qk):
         study.measure_two_widths(size, share)
     shown = {"whole": study.maps}

@@ -188,7 +188,7 @@ def test_the_study_of_encoders_measures_every_grade(tmp_path: Path, capsys: pyte
     files = ["--photos", photos, "--checkpoint", tmp_path / "encoder.safetensors", "--head",
              tmp_path / "head.safetensors", "--output-dir", tmp_path]  # fmt: skip
     model = ["--model", PLAIN, "--model-kwargs", *(f"{key}={value}" for key, value in shape.items())]
-    steps = ["--fit", 14, "--report", 6, "--steps", 2, 0, "--qk", 1, 0.5]
+    steps = ["--fit", 14, "--report", 6, "--steps", 2, 0, "--qk", 1, 0.5, "--parts", "attn", "mlp", "0-0"]
     run_entry_point(encoders.main, "--name", "tiny", *files, *model, *steps)
     results = json.loads((tmp_path / "encoders_tiny.json").read_text())
     rows, apart = results["rows"], results["two_widths"]
@@ -197,6 +197,10 @@ def test_the_study_of_encoders_measures_every_grade(tmp_path: Path, capsys: pyte
     ]
     assert all(-1 <= row["features"] <= 1 and 0 <= row["iou"] <= 1 for row in rows)
     assert rows[2]["patch"] > rows[0]["patch"] > rows[1]["patch"]  # less is cut: nearer
+    parts = {row["part"]: row for row in results["parts"] if row["size"] == "0.5"}
+    assert parts.keys() == {"attn", "mlp", "0-0"} and all(row["patch"] > rows[0]["patch"] for row in parts.values())
+    missing = [1 - parts[kind]["macs_share"] for kind in ("attn", "mlp")]
+    assert sum(missing) == pytest.approx(1 - rows[0]["macs_share"])
     assert apart[0]["share"] == 1 and apart[0]["patch"] == pytest.approx(rows[0]["patch"], abs=1e-6)
     assert "| compensated |" in capsys.readouterr().out and (tmp_path / "encoders_tiny.png").exists()
     # Random weights, no head, and a model that pools its tokens by attention.
