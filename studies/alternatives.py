@@ -37,9 +37,9 @@ from engine import evaluate
 from files import load_checkpoint
 from models.backbone import create_backbone, full_widths
 from models.macs import count_macs
-from models.targets import COSTS
 from piad.mask_table import MaskTable
 from studies.common import Results, facts_of, model_and_data_flags, parse_training_arguments, run_entry_point
+from studies.dependency_pruning import prune
 from studies.plots import plot_alternatives
 from supernet import Network
 from utils import UserError, init_processes, progress_bar, run_program
@@ -182,49 +182,6 @@ def narrower(network: Network, part: float) -> VisionTransformer:
         if count_macs(model) <= limit:
             return model
     raise UserError(f"no narrower model has {limit:g} MACs")
-
-
-def prune(base: VisionTransformer, batches: list[Any], max_macs: float) -> VisionTransformer:
-    """Prunes a copy with Torch-Pruning, at the smallest ratio within max_macs: bisection, in steps of 1/64."""
-    low, high = 0, 63
-    while low < high:
-        middle = (low + high) // 2
-        if count_macs(_pruned(base, batches[:1], middle / 64)) <= max_macs:
-            high = middle
-        else:
-            low = middle + 1
-    return _pruned(base, batches, high / 64)
-
-
-def _pruned(base: VisionTransformer, batches: list[Any], ratio: float) -> VisionTransformer:
-    """A copy pruned by group Taylor importance on the batches.
-
-    Every layer but the classifier has the same pruning ratio; dims of each head are pruned, not whole heads.
-    """
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise UserError("torch-pruning is missing: pip install -r requirements-studies.txt") from error
-    model = copy.deepcopy(base).eval()
-    pruner = torch_pruning.pruner.MetaPruner(
-        model,
-        batches[0][0][:1],
-        importance=torch_pruning.importance.GroupTaylorImportance(),
-        pruning_ratio=ratio,
-        ignored_layers=[model.head],
-        num_heads={block.attn.qkv: block.attn.num_heads for block in model.blocks},
-    )
-    for images, targets in batches:
-        (-COSTS["ce"](model(images), targets, ())).backward()
-    for group in pruner.step(interactive=True):
-        group.prune()
-    for block in model.blocks:
-        attn = block.attn
-        attn.head_dim = attn.qkv.out_features // (3 * attn.num_heads)
-        attn.attn_dim = attn.num_heads * attn.head_dim
-    model.embed_dim = model.num_features = model.pos_embed.shape[-1]
-    model.zero_grad(set_to_none=True)
-    return model
 
 
 def markdown(results: dict[str, Any]) -> str:

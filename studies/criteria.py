@@ -25,13 +25,15 @@ def importance_by(
     batches: Iterable[tuple[Tensor, Tensor]] = (),
     cost: str = "logit",
     seed: int = 0,
+    target: str = "logits",
 ) -> dict[str, Tensor]:
     """Importance of every dim by one of CRITERIA.
 
     Returns module key -> (P, H, d) for attention, with P = 3 (q, k, v) or 1 where only v is cut; (M,) for an MLP.
     criterion: "random", drawn from the seed; "magnitude", the norm of the weights of the dim in the layers before and
     after it; "taylor" or "hessian", the mean over all tokens of |g * x| or its square, with g the gradient of the cost.
-    batches: (images, targets), for "taylor" and "hessian".  cost: a key of models.targets.COSTS.
+    batches: (images, targets), for "taylor" and "hessian".  cost: a key of models.targets.COSTS, of
+    the output `target`.
     """
     modules, device = modules_of(model), next(model.parameters()).device
     shapes = {key: (m.parts, m.heads, m.width) if m.kind == "attn" else (m.width,) for key, m in modules.items()}
@@ -42,7 +44,7 @@ def importance_by(
         return {key: _magnitude(model, key, shape) for key, shape in shapes.items()}
     squared = {"taylor": False, "hessian": True}[criterion]
     collectors = {key: TaylorImportance(module, device, squared) for key, module in modules.items()}
-    collect(model, collectors, batches, cost)
+    collect(model, collectors, batches, cost, target=target)
     return {key: collector.finalize() for key, collector in collectors.items()}
 
 

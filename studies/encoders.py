@@ -190,8 +190,8 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_encoder_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds the flags of a study on an encoder and photos; returns their group."""
     group = parser.add_argument_group("study")
     group.add_argument("--name", required=True, help="of the encoder, used in file names")
     group.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights (default: random ones)")
@@ -200,14 +200,20 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--fit", type=positive, default=500, metavar="N", help="photos to fit on (default: %(default)s)")
     group.add_argument("--report", type=positive, default=100, metavar="N", help="photos after them to report on")
     group.add_argument("--target", choices=("features", "tokens"), default="tokens", help="of all steps")
-    group.add_argument("--steps", type=count, nargs="+", default=[400, 0], help="of refitting; 0 = least squares")
-    group.add_argument("--qk", type=float, nargs="*", default=[], help="also this times the width for q and k alone")
-    group.add_argument("--parts", nargs="*", default=[], help="also cut only attn, mlp, or blocks such as 0-3")
-    group.add_argument("--sizes", nargs="+", default=["0.5", "0.25", "mild"], help="shares of the MACs, or mild")
     group.add_argument("--output-dir", type=Path, default=RESULTS, metavar="DIR", help="where results go")
     add_model(group)
     add_preprocessing(group)
     parser.set_defaults(device="cpu")
+    return group
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = add_encoder_arguments(parser)
+    group.add_argument("--steps", type=count, nargs="+", default=[400, 0], help="of refitting; 0 = least squares")
+    group.add_argument("--qk", type=float, nargs="*", default=[], help="also this times the width for q and k alone")
+    group.add_argument("--parts", nargs="*", default=[], help="also cut only attn, mlp, or blocks such as 0-3")
+    group.add_argument("--sizes", nargs="+", default=["0.5", "0.25", "mild"], help="shares of the MACs, or mild")
     return parser.parse_args()
 
 

@@ -173,6 +173,42 @@ def plot_quantized(rows: list[dict[str, Any]], keys: list[str], path: Path, titl
     save_figure(figure, path)
 
 
+def plot_rivals(
+    rows: list[dict[str, Any]],
+    measures: tuple[str, ...],
+    path: Path,
+    title: str,
+    whole: dict[str, Any] | None = None,
+) -> None:
+    """Plots each measure against the share of MACs, one panel per measure, one line per method, mean over draws.
+
+    rows: with method, size, macs_share and the measures, see studies/rivals.py.  whole: the whole network's measures.
+    """
+    labels = {"top1": "top-1 accuracy, %", "kl": "KL divergence from the whole network, nats", "iou": "IoU of the maps"}
+    labels |= {"features": "cosine of the features", "patch": "cosine of the patch tokens"}
+    figure, panels = plt.subplots(1, len(measures), figsize=(5 * len(measures), 5), layout="constrained")
+    for axes, measure in zip(panels, measures, strict=True):
+        for style, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            own = [row for row in rows if row["method"] == method]
+            points = [[row for row in own if row["size"] == size] for size in {row["size"]: None for row in own}]
+            points.sort(key=lambda group: _mean(group, "macs_share"))
+            look = {"color": COLOURS[style % len(COLOURS)], "linestyle": "--" if style >= len(COLOURS) else "-"}
+            look |= {"marker": MARKERS[(style + style // len(COLOURS)) % len(MARKERS)], "markersize": 4}
+            x, y = ([_mean(group, key) for group in points] for key in ("macs_share", measure))
+            axes.plot([100 * share for share in x], y, label=method, linewidth=1.2, **look)
+        axes.set(xlabel="MACs, % of the whole network's", ylabel=labels[measure])
+        axes.set_yscale("log" if measure == "kl" else "linear")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    if whole:
+        panels[0].axhline(whole[measures[0]], color="black", linewidth=0.8, linestyle=":", label="whole network")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=4
+    )
+    figure.suptitle(f"{title}: no training", fontsize=11)
+    save_figure(figure, path)
+
+
 def plot_maps(photos: Tensor, maps: dict[str, Tensor], path: Path) -> None:
     """Draws photos (n, 3, height, width), of values 0..1, and below them a row of maps (n, height, width) per name."""
     rows = {"photo": photos.permute(0, 2, 3, 1), **maps}

@@ -1,0 +1,111 @@
+"""Torch-Pruning and Isomorphic Pruning: the package torch-pruning with its recipes for ViTs.
+
+Fang, Ma, Song, Mi, Wang: DepGraph: Towards Any Structural Pruning, CVPR 2023; Fang, Ma, Mi, Wang: Isomorphic Pruning
+for Vision Models, ECCV 2024. Both rank by group Taylor importance here. Needs torch-pruning (requirements-studies.txt).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from models.macs import count_macs
+from models.targets import COSTS, output_of
+from utils import UserError
+
+STEPS = 64  # of the ratio that is searched
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is pruned, each at the same ratio.
+
+    bottleneck: only what is inside of the branches; otherwise the embedding as well.  isomorphic: units and dims are
+    ranked over all blocks, and so are whole heads, which leave at the ratio, and dims of the heads at half of it;
+    otherwise each layer loses the same ratio, and of attention only dims.
+    """
+
+    bottleneck: bool = False
+    isomorphic: bool = False
+
+
+def prune(base: VisionTransformer, batches: Iterable[tuple[Tensor, Tensor]], max_macs: float) -> VisionTransformer:
+    """Prunes a copy of a classifier by Torch-Pruning's own recipe. Raises UserError where it cannot be as small."""
+    batches = list(batches)
+    model = prune_within(base, gradients_of(base, batches, "ce", "logits"), batches[0][0][:1], max_macs, Recipe())
+    if model is None:
+        raise UserError(f"Torch-Pruning cannot prune this network to {max_macs:g} MACs")
+    return model
+
+
+def prune_within(
+    base: VisionTransformer, gradients: list[Tensor | None], example: Tensor, max_macs: float, recipe: Recipe
+) -> VisionTransformer | None:
+    """Prunes a copy at the smallest ratio within max_macs, in steps of 1/64; None where no ratio is.
+
+    gradients: see gradients_of().  example: an image (1, C, height, width).
+    """
+    low, high, best = 0, STEPS, None
+    while low < high:
+        middle = (low + high) // 2
+        model = pruned(base, gradients, example, middle / STEPS, recipe)
+        if count_macs(model) <= max_macs:
+            high, best = middle, model
+        else:
+            low = middle + 1
+    return best
+
+
+def gradients_of(
+    model: VisionTransformer, batches: Iterable[tuple[Tensor, Tensor]], cost: str, target: str
+) -> list[Tensor | None]:
+    """The gradient of a cost of the output `target`, see models.targets, summed over the batches, of each parameter."""
+    model, seen = copy.deepcopy(model).eval(), 0
+    for images, labels in batches:
+        COSTS[cost](output_of(model, images, target), labels, range(seen, seen + len(images))).backward()
+        seen += len(images)
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def pruned(
+    base: VisionTransformer, gradients: list[Tensor | None], example: Tensor, ratio: float, recipe: Recipe
+) -> VisionTransformer:
+    """A copy pruned at a ratio, by the Taylor importance of the gradients."""
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise UserError("torch-pruning is missing: pip install -r requirements-studies.txt") from error
+    model = copy.deepcopy(base).eval()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    attentions = [block.attn for block in model.blocks]
+    ignored = [model.head, *(layer for block in model.blocks for layer in (block.attn.proj, block.mlp.fc2))]
+    more: dict[str, Any] = {}
+    if recipe.isomorphic:
+        layers = tuple(attn.qkv for attn in attentions)
+        more = {"global_pruning": True, "isomorphic": True, "pruning_ratio_dict": {layers: ratio / 2}}
+        more |= {"prune_num_heads": True, "head_pruning_ratio": ratio}
+    pruner = torch_pruning.pruner.BasePruner(
+        model,
+        example,
+        importance=torch_pruning.importance.GroupTaylorImportance(),
+        pruning_ratio=ratio,
+        ignored_layers=ignored if recipe.bottleneck else ignored[:1],
+        num_heads={attn.qkv: attn.num_heads for attn in attentions},
+        **more,
+    )
+    for group in pruner.step(interactive=True):
+        group.prune()
+    for attn in attentions:
+        attn.num_heads = pruner.num_heads[attn.qkv] or attn.num_heads  # 0: all heads should leave, so none did
+        attn.head_dim = attn.qkv.out_features // (3 * attn.num_heads)
+        attn.attn_dim = attn.num_heads * attn.head_dim
+        attn.scale = attn.head_dim**-0.5
+    model.embed_dim = model.num_features = model.pos_embed.shape[-1]
+    model.zero_grad(set_to_none=True)
+    return model

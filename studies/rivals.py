@@ -1,0 +1,196 @@
+"""Compression without training: methods of other papers beside this project's, on the same checkpoint and images.
+
+    python -m studies.rivals classifier --name vit_small_cifar10 --data-path DIR --checkpoint FILE ...
+    python -m studies.rivals encoder --name saliency_encoder --photos DIR --checkpoint FILE --head FILE ...
+
+Each of studies.rivals_methods.METHODS makes networks of each of --sizes from the whole network and the same images: at
+most a share of its MACs ("0.25"), or without a percentage of the hidden units, of the dims of q and k, or of the heads
+("mlp61+qk60"; only the methods that can cut just so). Measures of a classifier top-1 (percent) on val/ and the KL
+divergence from the outputs of the whole network; of an encoder what studies.encoders measures. Writes
+docs/results/rivals_NAME.json after each measurement and skips measurements that are already there; draws a .png beside
+it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from arguments import Parser
+from benchmarks.common import describe_machine
+from studies import encoders
+from studies.common import CutStudy, Results, add_study_arguments, facts_of
+from studies.plots import plot_rivals
+from studies.rivals_methods import METHODS
+from studies.rivals_task import Size, Task, macs_of
+from utils import init_processes, progress_bar, run_program
+
+SIZES = ("0.125", "0.25", "0.5", "0.75", "mlp50", "mlp61+qk60", "mlp92+qk88", "mlp35+heads20")
+MEASURES = {"classifier": ("top1", "kl"), "encoder": ("features", "patch", "iou")}
+FORMATS = {"top1": ".1f", "kl": ".4f", "features": ".3f", "patch": ".3f", "iou": ".3f"}
+
+
+class Classifier(CutStudy):
+    """A classifier: images and labels of a data set to fit on, and val/ to measure on."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, path: Path):
+        super().__init__(args, device, path)
+        self.fit = args.proxy_samples
+
+    def task(self, draw: int) -> Task:
+        return Task(self.network, self.proxy(self.fit, draw), draw)
+
+    def measure(self, model: VisionTransformer) -> dict[str, float]:
+        return self.scores(self.logits(model))
+
+    @property
+    def report(self) -> int:
+        return self.val_images
+
+
+class Encoder(encoders.Study):
+    """An encoder without a head: photos to fit on, and others to measure on."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, path: Path):
+        super().__init__(args)
+        self.results = Results(path, **facts_of(self.network), machine=describe_machine(device, args.threads))
+        self.fit, self.report = len(self.fitted), len(self.others)
+
+    def task(self, draw: int) -> Task:
+        batches = self.fitted.split(encoders.BATCH)
+        return Task(self.network, [(images, torch.zeros(len(images), dtype=torch.long)) for images in batches], draw)
+
+    def measure(self, model: VisionTransformer) -> dict[str, float]:
+        return self.scores(model)[0]
+
+
+def run_method(bench: Classifier | Encoder, task: Task, name: str, sizes: list[str]) -> None:
+    """Measures a method at the sizes for which there is no result; a size that it does not have gets empty values.
+
+    What it searched for is written down, too, so that a later run need not search again.
+    """
+    key = {"method": name, "draw": task.seed, "fit": bench.fit, "report": bench.report}
+    missing = [size for size in sizes if not bench.results.rows("rows", **key, size=size)]
+    if not missing:
+        return
+    task.borrowed, start = 0.0, time.perf_counter()
+    cutter = METHODS[name](task)
+    prepared, whole = time.perf_counter() - start + task.borrowed, macs_of(task.model)
+    for search, found in task.searches.items():
+        searched = {"search": search, "draw": task.seed, "fit": bench.fit}
+        if not bench.results.rows("searches", **searched):
+            bench.results.add("searches", searched | {"found": found})
+    for size in missing:
+        start = time.perf_counter()
+        small = cutter(Size.parse(size))
+        seconds = {"seconds_to_prepare": prepared, "seconds_to_cut": time.perf_counter() - start}
+        row = {"size": size, "macs_share": None if small is None else macs_of(small) / whole}
+        bench.results.add("rows", key | row | ({} if small is None else bench.measure(small)) | seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """A table for each number of images that were fitted and reported on: means over the draws."""
+    rows = results["rows"]
+    kind = next(name for name, keys in MEASURES.items() if any(keys[0] in row for row in rows))
+    lines = []
+    for fit, report in sorted({(row["fit"], row["report"]) for row in rows}, reverse=True):
+        own = [row for row in rows if (row["fit"], row["report"]) == (fit, report)]
+        sizes = [size for size in dict.fromkeys((*SIZES, *(row["size"] for row in own)))
+                 if any(row["size"] == size for row in own)]  # fmt: skip
+        lines += ["", f"Fitted on {fit} images, measured on {report} others: {', '.join(MEASURES[kind])}.", ""]
+        lines.append("| method | draws | seconds | " + " | ".join(sizes) + " |")
+        lines.append("|---" * (len(sizes) + 3) + "|")
+        for method in METHODS:
+            same = [row for row in own if row["method"] == method]
+            if same:
+                cells = [_cell([row for row in same if row["size"] == size], MEASURES[kind]) for size in sizes]
+                spent = _mean([row["seconds_to_prepare"] + row["seconds_to_cut"] for row in same if row["macs_share"]])
+                draws = len({row["draw"] for row in same})
+                lines.append(f"| {method} | {draws} | {spent:.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines).strip()
+
+
+def _cell(rows: list[dict[str, Any]], measures: tuple[str, ...]) -> str:
+    rows = [row for row in rows if row["macs_share"]]
+    return ", ".join(f"{_mean([row[key] for row in rows]):{FORMATS[key]}}" for key in measures) if rows else ""
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / max(len(values), 1)
+
+
+def draw_rivals(results: dict[str, Any], path: Path, title: str) -> None:
+    """Draws what was measured at shares of the MACs, from the rows of the most images."""
+    rows = [row for row in results["rows"] if row["macs_share"] and Size.parse(row["size"]).macs is not None]
+    if not rows:
+        return
+    most = max((row["fit"], row["report"]) for row in rows)
+    rows = [row for row in rows if (row["fit"], row["report"]) == most]
+    measures = next(keys for keys in MEASURES.values() if keys[0] in rows[0])
+    rows.sort(key=lambda row: list(METHODS).index(row["method"]))
+    whole = next((row for row in results.get("whole", []) if row["images"] == most[1]), None)
+    plot_rivals(rows, measures, path, title, whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
+    classifier, encoder = (kinds.add_parser(name) for name in MEASURES)
+    groups = add_study_arguments(classifier), encoders.add_encoder_arguments(encoder)
+    classifier.set_defaults(draws=[0])
+    encoder.set_defaults(draws=[0], threads=None)
+    for group in groups:
+        group.add_argument(
+            "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="(default: all)"
+        )
+        group.add_argument(
+            "--sizes", nargs="+", type=size_name, default=SIZES, metavar="SIZE", help="see above (default: %(default)s)"
+        )
+    return parser.parse_args()
+
+
+def size_name(text: str) -> str:
+    """An argparse type: the name of a Size."""
+    try:
+        Size.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 0.25 or mlp61+qk60") from error
+    return text
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    bench_of = {"classifier": Classifier, "encoder": Encoder}[args.kind]
+    bench = bench_of(args, init_processes(args), args.output_dir / f"rivals_{args.name}.json")
+    for draw in progress_bar(args.draws, "draws"):
+        task = bench.task(draw)
+        task.searches = {
+            row["search"]: row["found"] for row in bench.results.rows("searches", draw=draw, fit=bench.fit)
+        }
+        for method in args.methods:
+            run_method(bench, task, method, args.sizes)
+    results = bench.results
+    results.log()
+    print(markdown(results.content))
+    draw_rivals(results.content, results.path.with_suffix(".png"), args.name.replace("_", " "))
+    print(json.dumps({"file": results.path.name, "rows": len(results.rows("rows"))}))
+
+
+if __name__ == "__main__":
+    run_program(main)
