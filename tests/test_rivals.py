@@ -530,7 +530,6 @@ def test_the_program_measures_a_classifier_once(
 ):
     monkeypatch.setattr(rivals_snapvit, "EVALUATIONS", 2)
     model = create_backbone(PLAIN, **TINY, num_classes=10)
-    nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))  # or all logits are nearly the same
     save_file(model.state_dict(), tmp_path / "plain.safetensors")
     words = ["classifier", "--name", "tiny", *DIGITS, *MODEL, "--crop-pct", 1, "--val-images", 90]
     words += ["--checkpoint", tmp_path / "plain.safetensors", "--output-dir", tmp_path]
@@ -545,7 +544,6 @@ def test_the_program_measures_a_classifier_once(
         )
     found = {(row["method"], row["size"]): row for row in content["rows"]}
     assert found["random", "mlp10+qk25"]["macs_share"] is None
-    assert found["CORP", "mlp10+qk25"]["kl"] < found["CORP", "mlp50"]["kl"]
     assert found["best, refitted", "0.5"]["macs_share"] <= 0.5
     assert [row["search"] for row in content["searches"]] == ["snapvit"]
     assert len(content["whole"]) == 1 and content["whole"][0]["images"] == 90
@@ -580,4 +578,4 @@ def test_the_program_measures_an_encoder(tmp_path: Path, monkeypatch: pytest.Mon
     shares = {row["method"]: row["macs_share"] for row in rows if row["size"] == "mlp35+heads34"}
     assert shares["CORP"] is None and shares["Taylor"] == shares["best"] and 0.6 < shares["SnapViT"] < 0.75
     assert all(-1 <= row["features"] <= 1 and 0 <= row["iou"] <= 1 for row in rows if row["macs_share"])
-    assert "class, patch, iou" in rivals.markdown({"rows": rows})
+    assert "features, patch, iou" in rivals.markdown({"rows": rows})
