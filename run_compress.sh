@@ -9,7 +9,8 @@
 # to the whole model on photos that are held back. Further sizes: python export.py FOLDER, as the last line here calls it.
 #
 # SIZES: budgets as of export.py, such as "--macs-ratio 0.5 0.25" or "--latency 5ms".  FORMAT: see docs/EXPORT.md, such as "folder onnx".
-# REFIT: steps of gradient descent per block; 0 solves the linear layers by least squares, "no" leaves the sizes as they are cut.
+# REFIT: steps of gradient descent per block, after least squares for its linear layers; 0 is least squares alone, "no" leaves the
+# sizes as they are cut.
 # TARGET: logits, features or tokens.  Without CHECKPOINT, timm's weights are downloaded.
 set -eu
 here=$(dirname "$0")
@@ -19,7 +20,7 @@ DATA_SET=${DATA_SET:-images}
 . "$here/common.sh"
 SIZES=${SIZES:---macs-ratio 0.5}
 FORMAT=${FORMAT:-folder}
-REFIT=${REFIT:-500}
+REFIT=${REFIT:-400}
 TARGET=${TARGET:-}
 FOLDER=${FOLDER:-$OUTPUT/reparamed/$NAME}
 COMPRESSED=${COMPRESSED:-$OUTPUT/compressed/$NAME}

@@ -10,14 +10,13 @@ import numpy as np
 
 from models.backbone import Backbone, Module, modules_of
 from models.macs import module_macs
-from utils import UserError
 
 from .mask_table import MaskTable
 
-# Number of units per module: d/8 dims per head each for attention, M/32 hidden units each for an MLP. A width that this
-# does not divide (4304 hidden units) gets the next smaller number that divides it, but at least half as many units.
+# Number of units per module: d/8 dims per head each for attention, M/32 hidden units each for an MLP. A network with a
+# width that this does not divide, such as 4304 hidden units, has units of a rounded size, the last one shorter.
 UNITS = {"attn": 8, "mlp": 32}
-MULTIPLE = 8  # of the dims of a unit, where a table is made for a device: kernels work on 8 numbers or more at once
+MULTIPLE = 8  # of the dims of a rounded unit: kernels work on 8 numbers or more at once
 FLOOR = 1e-9  # of the cost of all modules: the least cost of a unit, so that its density is finite
 
 
@@ -52,26 +51,19 @@ class Step:
 
 
 def units_of(model: Backbone) -> Units:
-    """The units of a model; they cost their MACs in the linear convention.
-
-    Raises UserError if a module cannot be divided into equal units, see unit_sizes().
-    """
+    """The units of a model, of the sizes of unit_sizes(); they cost their MACs in the linear convention."""
     modules = modules_of(model)
     return Units(unit_sizes(modules), lambda key, width: module_macs(modules[key], width))
 
 
 def unit_sizes(modules: dict[str, Module]) -> dict[str, int]:
-    """Dims per unit of each module. Raises UserError if a width cannot be divided into equal units."""
-    sizes = {}
-    for key, module in modules.items():
-        most = UNITS[module.kind]
-        fewest = -(-most // 2)
-        units = next((n for n in range(most, fewest - 1, -1) if module.width % n == 0), None)
-        if units is None:
-            name = "head_dim" if module.kind == "attn" else "hidden size"
-            raise UserError(f"{key}: {name} {module.width} does not divide into {fewest} to {most} equal units")
-        sizes[key] = module.width // units
-    return sizes
+    """Dims per unit of each module of a network: as in UNITS where they divide all of its widths, else rounded ones.
+
+    The published tables have the former, so that a network for which there are any always has them.
+    """
+    if any(module.width % UNITS[module.kind] for module in modules.values()):
+        return rounded_unit_sizes(modules)
+    return {key: module.width // UNITS[module.kind] for key, module in modules.items()}
 
 
 def rounded_unit_sizes(modules: dict[str, Module]) -> dict[str, int]:
@@ -127,13 +119,13 @@ def leaving_order(widths: dict[str, int], importance: dict[str, np.ndarray], uni
         edges = units.edges(key, width)
         costs = np.diff([units.cost(key, edge) for edge in edges])  # (units,)
         end = len(edges) - 1
-        for count, density in pool_units(_totals(importance[key], units.sizes[key]), np.maximum(costs, floor)):
+        for count, density in pool_units(unit_totals(importance[key], units.sizes[key]), np.maximum(costs, floor)):
             steps.append(Step(key, edges[end] - edges[end - count], density))
             end -= count
     return sorted(steps, key=lambda step: step.density)
 
 
-def _totals(importance: np.ndarray, size: int) -> np.ndarray:
+def unit_totals(importance: np.ndarray, size: int) -> np.ndarray:
     """The sum over the dims of each unit (units,); importance: of the dims (width,)."""
     importance = np.asarray(importance, dtype=np.float64)
     whole = len(importance) // size * size

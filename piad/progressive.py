@@ -12,7 +12,7 @@ from models.backbone import Backbone, full_widths
 from models.elastic import set_widths
 from models.extraction import extract
 from models.macs import count_macs
-from utils import UserError, is_main_process
+from utils import is_main_process
 
 from .dropout_list import grow, units_of
 from .importance import Batches, importance_of_dims
@@ -33,13 +33,14 @@ class ProgressiveDropout:
         ratio: Share of the network's MACs that has left after the last growing epoch.
         epochs: Number of growing epochs; 0 for a table that stays as it is.
         seed: Seed of the draws.
-        table: Table to go on with, None to start with the whole network.
+        table: Table to go on with, None to start with the whole network. Its widths need not be those of whole units:
+            tables for a device have other units.
         sampling: "uniform" draws op codes uniformly, "log-macs" uniformly in the logarithm of their MACs.
         per_rank: Each rank draws its own op code. Otherwise all ranks train the same sub-network at a step, so that
             none waits for a larger one.
 
     Raises:
-        UserError: If a module cannot be divided into units, or the table does not fit the model.
+        UserError: If the table does not fit the model.
     """
 
     def __init__(
@@ -64,10 +65,6 @@ class ProgressiveDropout:
         full = full_widths(model)
         self.table = table or MaskTable([full])
         self.table.check(full, "the model")
-        for key, width in self.table.widths(-1).items():
-            size = self.units.sizes[key]
-            if width % size:
-                raise UserError(f"mask table: {key} has width {width}, which is not a multiple of its unit size {size}")
 
     def begin_epoch(self, epoch: int) -> None:
         """Extends the table if the epoch is a growing one."""

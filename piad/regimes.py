@@ -15,7 +15,7 @@ from models.macs import macs_per_dim
 from models.subnetwork import blocks_of, cuts_v_alone
 from utils import UserError
 
-from .dropout_list import UNITS, grow
+from .dropout_list import UNITS, grow, unit_totals
 from .importance import Batches, importance_of_dims
 from .mask_table import MaskTable
 from .progressive import ProgressiveDropout
@@ -35,10 +35,14 @@ class NoDropout(ProgressiveDropout):
         """Uniform truncation in even steps, as many as the module with the most units has."""
         steps = max(UNITS.values())
         shares = [1 - self.share * step / steps for step in range(steps + 1)]
-        full, sizes = self.table.widths(0), self.units.sizes
+        edges = self.edges()
         return MaskTable(
-            [{key: round(full[key] // size * share) * size for key, size in sizes.items()} for share in shares]
+            [{key: places[round((len(places) - 1) * share)] for key, places in edges.items()} for share in shares]
         )
+
+    def edges(self) -> dict[str, list[int]]:
+        """Module key -> the widths between its units, ascending, with 0 and the full width."""
+        return {key: self.units.edges(key, width) for key, width in self.table.widths(0).items()}
 
     def begin_epoch(self, epoch: int) -> None:
         """Does nothing: the table does not grow."""
@@ -75,8 +79,7 @@ class ChannelDropout(NoDropout):
 
     def drop_probability(self) -> dict[str, Tensor]:
         """Module key -> probability of each unit to be dropped (units,), head to tail."""
-        full = self.table.widths(0)
-        return {key: torch.full((full[key] // size,), self.share / 2) for key, size in self.units.sizes.items()}
+        return {key: torch.full((len(places) - 1,), self.share / 2) for key, places in self.edges().items()}
 
     def choose(self, *, epoch: int, step: int, rank: int) -> int:
         """Draws the units that the step keeps."""
@@ -94,7 +97,7 @@ class ChannelDropout(NoDropout):
         return (self._masked(key, inputs[0]),) if layer.training and key in self.masks else inputs
 
     def _masked(self, key: str, x: Tensor) -> Tensor:
-        mask = self.masks[key].to(x).repeat_interleave(self.units.sizes[key])
+        mask = self.masks[key].to(x).repeat_interleave(self.units.sizes[key])[: self.table.widths(0)[key]]
         return x * mask.repeat(x.shape[-1] // len(mask))
 
 
@@ -110,10 +113,10 @@ class WeightedChannelDropout(ChannelDropout):
         """The table of PIAD, grown at once."""
         importance = importance_of_dims(self.model.eval(), self.proxy)
         table = grow(self.table, importance, self.units, self.ratio * self.network_macs)
-        sizes = self.units.sizes
         macs = {key: macs_per_dim(module) for key, module in modules_of(self.model).items()}
-        totals = {key: importance[key].reshape(-1, size).sum(1) for key, size in sizes.items()}  # (units,)
-        density = np.concatenate([totals[key] / (size * macs[key]) for key, size in sizes.items()])
+        dims = {key: np.diff(places) for key, places in self.edges().items()}  # (units,)
+        totals = {key: unit_totals(importance[key], size) for key, size in self.units.sizes.items()}
+        density = np.concatenate([totals[key] / (dims[key] * macs[key]) for key in dims])
         ranks = np.argsort(np.argsort(-density, kind="stable"))  # 0 for the most important
         ends = np.cumsum([len(total) for total in totals.values()])
         probability = np.split(self.share * ranks / (len(ranks) - 1), ends[:-1])

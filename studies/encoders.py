@@ -3,10 +3,11 @@
     python -m studies.encoders --name encoder --photos DIR --checkpoint FILE --head FILE ...
 
 Contracts the encoder by --method best on the first --fit photos of --photos, sorted by name, and makes sub-networks of
-every grade on the same photos. Measures on the --report photos after them: cosine of the class token and of the patch
-tokens with those of the whole encoder, and with a saliency head on the patch tokens, which is not trained, the IoU of
-the maps (at 0.5, all pixels together). Writes docs/results/encoders_NAME.json after each measurement and skips
-measurements that are already there; draws the maps of four photos, as the last of --steps gives them.
+every grade on the same photos. Measures on the --report photos after them: how far the contracted encoder is from the
+encoder as it was; cosines of the features (the class token, or what the model pools) and of the patch tokens with those
+of the whole encoder; and with --head, a saliency head on the patch tokens, which is not trained, the IoU of the maps
+(at 0.5, all pixels together). Writes docs/results/encoders_NAME.json after each measurement and skips measurements that
+are already there; draws the maps of four photos, as the last of --steps gives them.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from image_folders import image_files
 from models.backbone import Backbone, full_widths
 from models.extraction import extract
 from models.macs import count_macs
-from models.targets import output_of
+from models.targets import from_tokens, output_of
 from studies.common import RESULTS, Results, facts_of
 from studies.plots import plot_maps
+from studies.two_widths import extract_parted, parted
 from supernet.contraction import contract_network
 from utils import init_processes, run_program
 from wpac.refit import refit
@@ -69,15 +71,20 @@ class Study:
 
     def __init__(self, args: argparse.Namespace):
         more = {"model_kwargs": args.model_kwargs, "preprocessing": data_overrides(args)}
-        self.network = supernet.load(args.checkpoint, name=args.model, plain_weights=True, **more)
+        if args.checkpoint:
+            self.network = supernet.load(args.checkpoint, name=args.model, plain_weights=True, **more)
+        else:
+            self.network = supernet.create(args.model, **more)
         files = image_files(args.photos)[: args.fit + args.report]
         photos = torch.stack([self.network.read(Image.open(file)) for file in files])
         self.fitted, self.others = photos[: args.fit], photos[args.fit :]
-        self.head = SaliencyHead(load_file(args.head), photos.shape[-2:])
+        self.head = SaliencyHead(load_file(args.head), photos.shape[-2:]) if args.head else None
         self.whole = self.tokens(self.network.model)
         self.maps = self.maps_of(self.whole)
         path = args.output_dir / f"encoders_{args.name}.json"
-        self.results = Results(path, **facts_of(self.network), machine=describe_machine(torch.device("cpu"), None))
+        self.network.target = args.target
+        facts = facts_of(self.network) | {"target": args.target, "machine": describe_machine(torch.device("cpu"), None)}
+        self.results = Results(path, **facts)
 
     @torch.inference_mode()
     def tokens(self, model: Backbone) -> Tensor:
@@ -85,20 +92,24 @@ class Study:
         return torch.cat([output_of(model, images, "tokens") for images in self.others.split(BATCH)])
 
     @torch.inference_mode()
-    def maps_of(self, tokens: Tensor) -> Tensor:
-        """Their saliency maps, (photos, height, width)."""
+    def maps_of(self, tokens: Tensor) -> Tensor | None:
+        """Their saliency maps, (photos, height, width), if there is a head."""
+        if self.head is None:
+            return None
         first = self.network.model.num_prefix_tokens
         return torch.cat([self.head(part[:, first:]) for part in tokens.split(BATCH)])
 
-    def scores(self, small: Backbone) -> tuple[dict[str, float], Tensor]:
+    @torch.inference_mode()
+    def scores(self, small: Backbone) -> tuple[dict[str, float], Tensor | None]:
         """What is reported of a sub-network, and its maps."""
         tokens = self.tokens(small)
-        maps = self.maps_of(tokens)
-        cosines = F.cosine_similarity(tokens, self.whole, dim=-1)
-        found, expected = maps > 0.5, self.maps > 0.5
-        iou = ((found & expected).sum() / (found | expected).sum()).item()
-        patches = cosines[:, self.network.model.num_prefix_tokens :].mean().item()
-        return {"class": cosines[:, 0].mean().item(), "patch": patches, "iou": iou}, maps
+        features = F.cosine_similarity(*(from_tokens(self.network.model, x, "features") for x in (tokens, self.whole)))
+        patches = F.cosine_similarity(tokens, self.whole, dim=-1)[:, self.network.model.num_prefix_tokens :]
+        scores, maps = {"features": features.mean().item(), "patch": patches.mean().item()}, self.maps_of(tokens)
+        if maps is not None:
+            found, expected = maps > 0.5, self.maps > 0.5
+            scores["iou"] = ((found & expected).sum() / (found | expected).sum()).item()
+        return scores, maps
 
     def widths(self, size: str) -> dict[str, int]:
         """The widths of "mild", or of a share of the MACs by the mask table of the contracted network."""
@@ -115,23 +126,67 @@ class Study:
         model = self.network.model
         small, start = extract(model, widths), time.perf_counter()
         if steps is not None:
-            refit(model, small, self.fitted.split(BATCH), "tokens", steps)
+            refit(model, small, self.fitted.split(BATCH), self.network.target, steps)
         seconds = time.perf_counter() - start
         scores, maps = self.scores(small)
         share = count_macs(model, widths) / count_macs(model)
         self.results.add("rows", {**key, "macs_share": share, **scores, "seconds": seconds})
         return maps
 
+    def measure_part(self, size: str, part: str) -> None:
+        """Measures, compensated, what is left of the encoder if a size cuts only this part of it.
+
+        part: "attn", "mlp", or the first and the last of some blocks, such as "0-3".
+        """
+        model, key = self.network.model, {"size": size, "part": part}
+        if self.results.rows("parts", **key):
+            return
+        widths = {name: width for name, width in self.widths(size).items() if _is_in(name, part)}
+        widths = full_widths(model) | widths
+        share = count_macs(model, widths) / count_macs(model)
+        self.results.add("parts", {**key, "macs_share": share, **self.scores(extract(model, widths))[0]})
+
+    def measure_two_widths(self, size: str, share: float) -> None:
+        """Measures a size, compensated, whose q and k have `share` times its width and v as much more or less."""
+        model, key = self.network.model, {"size": size, "share": share}
+        if not self.results.rows("two_widths", **key):
+            small = extract_parted(model, *parted(self.widths(size), share, full_widths(model)))
+            self.results.add("two_widths", key | self.scores(small)[0])
+
+
+def _is_in(module: str, part: str) -> bool:
+    """Whether a module, such as "3.attn", belongs to a part of measure_part()."""
+    block, kind = module.split(".")
+    if "-" not in part:
+        return kind == part
+    first, last = map(int, part.split("-"))
+    return first <= int(block) <= last
+
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table of docs/RESULTS.md: cosines of the class token and of the patch tokens, and IoU."""
-    lines = ["| MACs | sub-network | class | patch | IoU | seconds |", "|---|---|---|---|---|---|"]
+    """The tables of docs/RESULTS.md: cosines of the features and of the patch tokens, and IoU."""
+    names = {"features": "features", "patch": "patch", "iou": "IoU"}
+    scores = [key for key in names if key in results["rows"][0]]
+    lines = [f"| MACs | sub-network | {' | '.join(names[key] for key in scores)} | seconds |"]
+    lines.append("|---" * (len(scores) + 3) + "|")
     kinds = [None, *sorted({row["steps"] for row in results["rows"]} - {None})]
     for row in sorted(results["rows"], key=lambda row: (-row["macs_share"], kinds.index(row["steps"]))):
         steps = row["steps"]
         grade = "compensated" if steps is None else f"refitted, {steps} steps" if steps else "refitted, least squares"
-        values = " | ".join(f"{row[key]:.3f}" for key in ("class", "patch", "iou"))
+        values = " | ".join(f"{row[key]:.3f}" for key in scores)
         lines.append(f"| {row['macs_share']:.2f} | {grade} | {values} | {row['seconds']:.0f} |")
+    if parts := results.get("parts", []):
+        lines += ["", f"| size | cut in | MACs | {' | '.join(names[key] for key in scores)} |"]
+        lines.append("|---" * (len(scores) + 3) + "|")
+        for row in parts:
+            values = " | ".join(f"{row[key]:.3f}" for key in scores)
+            lines.append(f"| {row['size']} | {row['part']} | {row['macs_share']:.2f} | {values} |")
+    if apart := results.get("two_widths", []):
+        lines += ["", f"| size | width of q and k, times | {' | '.join(names[key] for key in scores)} |"]
+        lines.append("|---" * (len(scores) + 2) + "|")
+        for row in sorted(apart, key=lambda row: (-float(row["size"]), row["share"])):
+            values = " | ".join(f"{row[key]:.3f}" for key in scores)
+            lines.append(f"| {row['size']} | {row['share']:g} | {values} |")
     return "\n".join(lines)
 
 
@@ -139,11 +194,12 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
     """Adds the flags of a study on an encoder and photos; returns their group."""
     group = parser.add_argument_group("study")
     group.add_argument("--name", required=True, help="of the encoder, used in file names")
-    group.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="weights")
+    group.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights (default: random ones)")
     group.add_argument("--photos", type=Path, required=True, metavar="DIR", help="folder of photos")
-    group.add_argument("--head", type=Path, required=True, metavar="FILE", help="weights of the saliency head")
+    group.add_argument("--head", type=Path, metavar="FILE", help="weights of a saliency head on the patch tokens")
     group.add_argument("--fit", type=positive, default=500, metavar="N", help="photos to fit on (default: %(default)s)")
     group.add_argument("--report", type=positive, default=100, metavar="N", help="photos after them to report on")
+    group.add_argument("--target", choices=("features", "tokens"), default="tokens", help="of all steps")
     group.add_argument("--output-dir", type=Path, default=RESULTS, metavar="DIR", help="where results go")
     add_model(group)
     add_preprocessing(group)
@@ -154,7 +210,9 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = add_encoder_arguments(parser)
-    group.add_argument("--steps", type=count, nargs="+", default=[500, 0], help="of refitting; 0 = least squares")
+    group.add_argument("--steps", type=count, nargs="+", default=[400, 0], help="of refitting; 0 = least squares")
+    group.add_argument("--qk", type=float, nargs="*", default=[], help="also this times the width for q and k alone")
+    group.add_argument("--parts", nargs="*", default=[], help="also cut only attn, mlp, or blocks such as 0-3")
     group.add_argument("--sizes", nargs="+", default=["0.5", "0.25", "mild"], help="shares of the MACs, or mild")
     return parser.parse_args()
 
@@ -164,8 +222,12 @@ def main() -> None:
     init_processes(args)
     study = Study(args)
     batches = [(images, torch.zeros(len(images), dtype=torch.long)) for images in study.fitted.split(BATCH)]
-    study.network.target = "tokens"
-    contract_network(study.network, batches, method="best", dropout_ratio=0.95)
+    contraction = contract_network(study.network, batches, method="best", dropout_ratio=0.95)
+    study.results.content["largest_change"] = contraction.difference  # of the target, relative to its largest value
+    for size, part in itertools.product(args.sizes, args.parts):
+        study.measure_part(size, part)
+    for size, share in itertools.product([size for size in args.sizes if size != "mild"], args.qk):
+        study.measure_two_widths(size, share)
     shown = {"whole": study.maps}
     for steps in (None, *args.steps):
         for size in args.sizes:

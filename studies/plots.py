@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from report.plots import COLOURS, MARKERS, save_figure
+from report.measures import MEASURES
+from report.plots import BLUE, COLOURS, MARKERS, ORANGE, save_figure
 
 
 def plot_contraction(rows: list[dict[str, Any]], whole: dict[str, Any], path: Path, title: str) -> None:
@@ -145,9 +147,35 @@ def plot_curves(lines: dict[str, dict[str, dict[int, float]]], images: int, path
     save_figure(figure, path)
 
 
+def plot_quantized(rows: list[dict[str, Any]], keys: list[str], path: Path, title: str) -> None:
+    """Plots measures (`keys`, a row of panels each) against milliseconds (a column per batch size): a line per dtype.
+
+    rows: with dtype, batch_size, milliseconds and the measures, see studies/quantized.py. A KL divergence that is far
+    below the others, such as the whole network's own, is not drawn: that axis is logarithmic.
+    """
+    batches, dtypes = (list(dict.fromkeys(row[name] for row in rows)) for name in ("batch_size", "dtype"))
+    size = (5 * len(batches), 3.4 * len(keys))
+    figure, panels = plt.subplots(len(keys), len(batches), figsize=size, layout="constrained", squeeze=False)
+    for (key, batch), axes in zip(itertools.product(keys, batches), panels.flat, strict=True):
+        for dtype, colour, marker in zip(dtypes, (BLUE, ORANGE), "os", strict=True):
+            own = [row for row in rows if (row["batch_size"], row["dtype"]) == (batch, dtype)]
+            own = [row for row in own if key != "kl" or row[key] > max(row["kl"] for row in rows) / 1e5]
+            look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.2}
+            axes.plot([row["milliseconds"] for row in own], [row[key] for row in own], label=dtype, **look)
+        axes.set(xlabel=f"milliseconds for {batch} image{'s' if batch > 1 else ''}")
+        axes.set(ylabel=MEASURES[key].label + (MEASURES[key].suffix and f", {MEASURES[key].unit}"))
+        axes.set_yscale("log" if key == "kl" else "linear")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].legend(frameon=False)
+    figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)
+
+
 def plot_rivals(
     rows: list[dict[str, Any]],
-    measures: tuple[str, ...],
+    measures: list[str],
     path: Path,
     title: str,
     whole: dict[str, Any] | None = None,
@@ -157,7 +185,7 @@ def plot_rivals(
     rows: with method, size, macs_share and the measures, see studies/rivals.py.  whole: the whole network's measures.
     """
     labels = {"top1": "top-1 accuracy, %", "kl": "KL divergence from the whole network, nats", "iou": "IoU of the maps"}
-    labels |= {name: f"cosine of the {name} token{'s' * (name == 'patch')}" for name in ("class", "patch")}
+    labels |= {"features": "cosine of the features", "patch": "cosine of the patch tokens"}
     figure, panels = plt.subplots(1, len(measures), figsize=(5 * len(measures), 5), layout="constrained")
     for axes, measure in zip(panels, measures, strict=True):
         for style, method in enumerate(dict.fromkeys(row["method"] for row in rows)):

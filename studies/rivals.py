@@ -32,8 +32,8 @@ from studies.rivals_task import Size, Task, macs_of
 from utils import init_processes, progress_bar, run_program
 
 SIZES = ("0.125", "0.25", "0.5", "0.75", "mlp50", "mlp61+qk60", "mlp92+qk88", "mlp35+heads20")
-MEASURES = {"classifier": ("top1", "kl"), "encoder": ("class", "patch", "iou")}
-FORMATS = {"top1": ".1f", "kl": ".4f", "class": ".3f", "patch": ".3f", "iou": ".3f"}
+MEASURES = {"classifier": ("top1", "kl"), "encoder": ("features", "patch", "iou")}
+FORMATS = {"top1": ".1f", "kl": ".4f", "features": ".3f", "patch": ".3f", "iou": ".3f"}
 
 
 class Classifier(CutStudy):
@@ -59,7 +59,8 @@ class Encoder(encoders.Study):
 
     def __init__(self, args: argparse.Namespace, device: torch.device, path: Path):
         super().__init__(args)
-        self.results = Results(path, **facts_of(self.network), machine=describe_machine(device, args.threads))
+        facts = facts_of(self.network) | {"target": args.target}
+        self.results = Results(path, **facts, machine=describe_machine(device, args.threads))
         self.fit, self.report = len(self.fitted), len(self.others)
 
     def task(self, draw: int) -> Task:
@@ -101,26 +102,30 @@ def run_method(bench: Classifier | Encoder, task: Task, name: str, sizes: list[s
 def markdown(results: dict[str, Any]) -> str:
     """A table for each number of images that were fitted and reported on: means over the draws."""
     rows = results["rows"]
-    kind = next(name for name, keys in MEASURES.items() if any(keys[0] in row for row in rows))
-    lines = []
+    lines, measures = [], measures_of(rows)
     for fit, report in sorted({(row["fit"], row["report"]) for row in rows}, reverse=True):
         own = [row for row in rows if (row["fit"], row["report"]) == (fit, report)]
         sizes = [size for size in dict.fromkeys((*SIZES, *(row["size"] for row in own)))
                  if any(row["size"] == size for row in own)]  # fmt: skip
-        lines += ["", f"Fitted on {fit} images, measured on {report} others: {', '.join(MEASURES[kind])}.", ""]
+        lines += ["", f"Fitted on {fit} images, measured on {report} others: {', '.join(measures)}.", ""]
         lines.append("| method | draws | seconds | " + " | ".join(sizes) + " |")
         lines.append("|---" * (len(sizes) + 3) + "|")
         for method in METHODS:
             same = [row for row in own if row["method"] == method]
             if same:
-                cells = [_cell([row for row in same if row["size"] == size], MEASURES[kind]) for size in sizes]
+                cells = [_cell([row for row in same if row["size"] == size], measures) for size in sizes]
                 spent = _mean([row["seconds_to_prepare"] + row["seconds_to_cut"] for row in same if row["macs_share"]])
                 draws = len({row["draw"] for row in same})
                 lines.append(f"| {method} | {draws} | {spent:.0f} | " + " | ".join(cells) + " |")
     return "\n".join(lines).strip()
 
 
-def _cell(rows: list[dict[str, Any]], measures: tuple[str, ...]) -> str:
+def measures_of(rows: list[dict[str, Any]]) -> list[str]:
+    """What the rows have been measured by; there is no IoU without a head."""
+    return [name for names in MEASURES.values() for name in names if any(name in row for row in rows)]
+
+
+def _cell(rows: list[dict[str, Any]], measures: list[str]) -> str:
     rows = [row for row in rows if row["macs_share"]]
     return ", ".join(f"{_mean([row[key] for row in rows]):{FORMATS[key]}}" for key in measures) if rows else ""
 
@@ -136,7 +141,7 @@ def draw_rivals(results: dict[str, Any], path: Path, title: str) -> None:
         return
     most = max((row["fit"], row["report"]) for row in rows)
     rows = [row for row in rows if (row["fit"], row["report"]) == most]
-    measures = next(keys for keys in MEASURES.values() if keys[0] in rows[0])
+    measures = measures_of(rows)
     rows.sort(key=lambda row: list(METHODS).index(row["method"]))
     whole = next((row for row in results.get("whole", []) if row["images"] == most[1]), None)
     plot_rivals(rows, measures, path, title, whole)

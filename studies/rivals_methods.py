@@ -100,7 +100,7 @@ METHODS: dict[str, Callable[[Task], Cutter]] = {
     "WPAC (the paper)": wpac,
     "best": best,
     "best, refitted": partial(best, steps=0),
-    "best, refitted by 500 steps per block": partial(best, steps=500),
+    "best, refitted by 400 steps per block": partial(best, steps=400),
 }
 
 

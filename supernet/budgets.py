@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 
+from files import shown
 from utils import UserError, say
 
 from .amounts import format_amount, format_seconds, format_sizes
@@ -57,11 +59,31 @@ def chosen_op_codes(
     budgets = budgets_of(args)
     if latencies is None and (args.latency or args.throughput or args.latency_table):
         latencies = latencies_of(args, network)
+    if args.latency or args.throughput:
+        say_what_table_is_for(network, latencies)
     for budget in budgets:
         codes.append(select(network, budget, args.macs_convention, latencies))
     if args.frontier:
         codes += network.evenly_spaced(args.frontier, args.macs_convention)
     return list(dict.fromkeys(codes or [0, last]))
+
+
+def say_what_table_is_for(network: Network, latencies: Latencies | LatencyTable) -> None:
+    """Prints a line where the mask table was made for the time under other conditions than those of the latencies.
+
+    Such a table can be used, since the latencies are measured; but another one may have better sizes.
+    """
+    made_for = network.table.meta.get("made_for")
+    asked: dict[str, Any] = {"batch_size": latencies.batch_size}
+    if isinstance(latencies, Latencies):
+        asked |= {"device": latencies.key["device"], "dtype": latencies.key["dtype"], "runtime": latencies.runtime}
+    for key, value in asked.items():
+        if isinstance(made_for, dict) and made_for.get(key, value) != value:
+            say(
+                f"the mask table was made for {key.replace('_', ' ')} {shown(str(made_for[key]))}, not for {value}: "
+                "python -m supernet.profile and python -m supernet.retable make one for it"
+            )
+            return
 
 
 def budgets_of(args: argparse.Namespace) -> list[dict[str, float]]:

@@ -105,13 +105,15 @@ def contract_network(
     cost: a key of models.targets.COSTS (default: one that needs no labels).  basis, order: instead of the method's
     (wpac.transform.contract()).  dropout_ratio: with method "best", also make a mask table that can drop this share of
     the MACs, or of the time that the profile says.
-    Raises UserError for a target or a cost that do not fit, and where the output changes by more than LIMIT
+    Raises UserError for a target, a cost or a profile that do not fit, and where the output changes by more than LIMIT
     or is not finite.
     """
     model, target = network.model, network.target
     check_target(model, target)
     cost = cost or default_cost(target)
     check_cost(cost, target)
+    if profile is not None:
+        profile.check_model(model)
     basis, order = (given or default for given, default in zip((basis, order), METHODS[method], strict=True))
     total, batches = len(batches) if hasattr(batches, "__len__") else None, iter(batches)
     first = next(batches, None)

@@ -85,6 +85,14 @@ class DeviceProfile:
                     "make one with python -m supernet.profile"
                 )
 
+    def check_model(self, model: Backbone) -> None:
+        """Raises UserError unless the profile is of a network with the same modules."""
+        if self.shapes != {key: shape_of(module) for key, module in modules_of(model).items()}:
+            raise UserError(
+                f"the profile is of another network, {shown(self.content['model'])}: open the file with profile() of "
+                "this network, or measure this one"
+            )
+
     def of_module(self, key: str, width: int) -> float:
         """The seconds of a module, such as "3.attn", at a width: interpolated between the widths that were measured."""
         return float(np.interp(width, *self.curves[self.shapes[key]]))

@@ -166,7 +166,7 @@ class Network:
         """The sub-network of an op code: timm's modules, physically smaller, on the model's device.
 
         refit: batches (B, C, height, width), without labels, on which its linear layers are solved anew; with
-        refit_steps, its blocks are trained for so many steps each instead, which takes longer and comes nearer to the
+        refit_steps, its blocks are then trained for so many steps each, which takes longer and comes nearer to the
         whole network. Where that does not help (see wpac.refit), the sub-network and its grade are as without.
         share_memory: read the super-network's memory where possible; the result must not be trained then.
         Raises UserError for an op code that the table does not have, or for fewer than two images to refit on.

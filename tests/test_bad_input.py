@@ -71,11 +71,6 @@ MODELS = [
          f"{NAME} is not supported (block 0 has a norm on the outputs of its attention)"),
     case("an argument that timm does not know", (*PRETRAIN, *MODEL, "dephts=3"), "timm could not make", "dephts"),
     case("heads that do not divide D", (*PRETRAIN, *MODEL, "num_heads=5"), "timm could not make", "num_heads"),
-    case("a head dim without units",
-         (*TRAIN_PIAD, *MODEL, "embed_dim=33", "--checkpoint", "{head_dim_11}"),
-         "0.attn: head_dim 11 does not divide into 4 to 8 equal units"),
-    case("a hidden size without units", (*TRAIN_PIAD, *MODEL, "mlp_ratio=3.0834", "--checkpoint", "{hidden_148}"),
-         "0.mlp: hidden size 148 does not divide into 16 to 32 equal units"),
 ]  # fmt: skip
 
 CHECKPOINTS = [
@@ -271,8 +266,6 @@ def make_checkpoints(folder: Path, road: Road) -> dict[str, Path]:
         "colour": {"in_chans": 3},
         "seven": {"num_classes": 7},
         "two": {"num_classes": 2},
-        "head_dim_11": {"embed_dim": 33},
-        "hidden_148": {"mlp_ratio": 3.0834},
     }.items():
         found[name] = folder / f"{name}.safetensors"
         save_file(random_weights(**more), found[name])

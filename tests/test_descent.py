@@ -55,6 +55,15 @@ def test_it_does_not_depend_on_the_batches_and_repeats(monkeypatch: pytest.Monke
     assert any(relative(value, found[0][key]) > 1e-4 for key, value in other.state_dict().items())
 
 
+def test_it_starts_from_least_squares(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("wpac.descent.RATE", 0.0)
+    model = random_backbone()
+    solved, small = (extract(model, halves(model)) for _ in range(2))
+    refit(model, solved, images().split(16))
+    refit(model, small, images().split(16), steps=2)
+    assert all(relative(value, solved.state_dict()[key]) < 1e-9 for key, value in small.state_dict().items())
+
+
 def descended(rank: int) -> tuple[dict[str, torch.Tensor], float, float]:
     """The weights after gradient descent on every other image, and the errors before it and after it."""
     model = random_backbone()

@@ -23,11 +23,17 @@ from models.macs import count_macs, module_macs
 from piad.mask_table import MaskTable
 from studies import devices
 from supernet import timing
-from supernet.contraction import save_contracted
+from supernet.contraction import contract_network, save_contracted
 from supernet.device import DeviceProfile, shape_of
 from supernet.profiling import measure_profile, measured_widths
 from supernet.tables import table_of_losses
 from utils import UserError, run_program
+
+
+def module_seconds(_module: Any, width: int) -> float:
+    """A time for modules of any model."""
+    return 1e-5 * width
+
 
 FACTS = {"format": 1, "model": "a", "device": "b", "runtime": "eager", "dtype": "float32", "batch_size": 1}
 
@@ -312,6 +318,42 @@ def test_a_bad_profile(name: str, best: Path, profile_file: Path, tmp_path: Path
     error = capsys.readouterr().err
     assert said in error and str(path) in error and len(error.splitlines()) == 1
     assert snapshot(best) == before
+
+
+@pytest.mark.parametrize("program", ["supernet.retable", "reparam.py"])
+def test_a_profile_of_another_model(program: str, best: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """As it was written for another model, whatever its times are."""
+    path, before = tmp_path / "device.json", snapshot(best)
+    DeviceProfile(content_of(TINY, module_seconds), TINY, "tiny").save(path)
+    flags = [best] if program == "supernet.retable" else [*DIGITS, "--method", "best", "--mask-table"]
+    flags += [] if program == "supernet.retable" else ["--checkpoint", best, "--output-dir", tmp_path / "out"]
+    assert exit_code(program, *flags, "--cost-of", path) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: measured on a, not on this {NAME}: it has" in error and len(error.splitlines()) == 1
+    assert snapshot(best) == before and not (tmp_path / "out").exists()
+
+
+def test_in_python_a_profile_of_another_model_is_refused_before_any_work(best: Path):
+    network, other = supernet.load(best), DeviceProfile(content_of(TINY, module_seconds), TINY, "tiny")
+    with pytest.raises(UserError, match="the profile is of another network, a:"):
+        network.retable(other)
+    images = iter([(torch.randn(2, 1, 16, 16), torch.zeros(2))])
+    with pytest.raises(UserError, match="the profile is of another network, a:"):
+        contract_network(network, images, method="best", dropout_ratio=0.5, profile=other)
+    assert next(images)  # not even read
+
+
+def test_latency_under_other_conditions_than_those_of_the_table(
+    best: Path, profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """The table can still be used, so this is said and not refused."""
+    for_time = tmp_path / "time.json"
+    run("supernet.retable", best, "--cost-of", profile_file, "--dropout-ratio", 0.5, "--output", for_time)
+    for number, batch_size in enumerate((2, 3)):
+        flags = ["--mask-table", for_time, "--latency", "9s", "--batch-size", batch_size, "--device", "cpu"]
+        run("export.py", best, *flags, "--output", tmp_path / str(number))
+    said = [line for line in capsys.readouterr().out.splitlines() if "the mask table was made for" in line]
+    assert len(said) == 1 and "made for batch size 2, not for 3: python -m supernet.profile and" in said[0]
 
 
 @pytest.mark.parametrize(

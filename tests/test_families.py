@@ -25,7 +25,6 @@ from models.elastic import make_elastic, set_widths
 from models.extraction import extract
 from models.macs import count_macs, count_params, fixed_macs
 from models.subnetwork import Bypass, ValueLayer, ValueProjection, branch_parameters
-from piad.dropout_list import unit_sizes
 from piad.progressive import ProgressiveDropout
 from studies.criteria import CRITERIA, EqualTokens, importance_by, sort_dims
 from supernet.facts import stamp_of
@@ -328,11 +327,6 @@ def test_where_v_alone_is_cut_q_and_k_cost_what_they_cost():
     small = extract(model, {key: width // 2 for key, width in full_widths(model).items()})
     kinds = [type(m) for m in small.modules() if isinstance(m, ValueLayer | ValueProjection | Bypass)]
     assert kinds == [ValueLayer, ValueProjection] * 2
-
-
-def test_units_of_every_family_divide():
-    for family in FAMILIES:
-        assert unit_sizes(modules_of(made(family)))
 
 
 SMALL = "img_size=8 patch_size=2 in_chans=1 embed_dim=16"

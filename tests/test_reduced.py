@@ -145,6 +145,22 @@ def test_too_little_to_calibrate_on_is_one_line(flags: tuple, says: str, road: R
     assert says in line and not (tmp_path / "out").exists()
 
 
+def test_a_file_below_the_limit_is_written_only_with_force(road: Road, tmp_path: Path, capsys, monkeypatch):
+    """Nothing of the export is written, not even the files of the other formats."""
+    monkeypatch.setitem(formats.LIMITS, "kl", 1e-9)  # which no int8 file reaches
+    command = (road.peelable, "--op-code", 0, "--format", "folder", "onnx-int8", *DIGITS, "--output", tmp_path / "out")
+    assert exit_code("export.py", *command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "onnx-int8 of op code 0: kl " in line and "the limit is 1e-09" in line and "--force" in line
+    assert not (tmp_path / "out").exists()
+    run("export.py", *command, "--force")
+    said = capsys.readouterr().out
+    assert "the limit is 1e-09: written because of --force" in said and "onnx-int8" in said.splitlines()[-3]
+    (row,) = json.loads((tmp_path / "out" / "index.json").read_text())["sizes"]
+    assert (tmp_path / "out" / "model_int8.onnx").exists()
+    assert {"kl", "top1", "top1_float32"} <= row["reduced"]["onnx-int8"].keys()
+
+
 @pytest.mark.parametrize(
     ("measures", "limit"), [({"kl": 0.03}, "kl 0.03"), ({"feature_cosine": 0.98}, "feature_cosine 0.98")]
 )

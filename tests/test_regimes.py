@@ -107,6 +107,23 @@ def test_dropping_units_equals_setting_their_weights_to_zero():
     torch.testing.assert_close(model.eval()(images), random_backbone(patch_size=16)(images))
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_regimes_where_units_are_not_equal(name: str):
+    """11 dims per head are five units of 2 and one of 1; 165 hidden units are 20 of 8 and one of 5."""
+    model = make_elastic(random_backbone(patch_size=16, embed_dim=33, mlp_ratio=5))
+    regime = REGIMES[name](model, [random_data(8)], ratio=RATIO, epochs=1, seed=0, table=None)
+    model.train()
+    regime.choose(epoch=0, step=0, rank=0)
+    assert model(random_data(2)[0]).isfinite().all()
+    if name == "none":
+        assert regime.table.rows[0] == full_widths(model)
+        assert all(row["0.attn"] % 2 == 0 and row["0.mlp"] % 8 == 0 for row in regime.table.rows if row["0.attn"] < 11)
+    if hasattr(regime, "masks"):
+        assert {key: len(mask) for key, mask in regime.masks.items()} == {
+            f"{block}.{kind}": count for block in range(2) for kind, count in {"attn": 6, "mlp": 21}.items()
+        }
+
+
 @pytest.mark.parametrize("name", REGIMES)
 def test_draws_are_the_same_after_resuming(name: str):
     first = make_regime(name)

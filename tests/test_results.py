@@ -27,6 +27,9 @@ TABLES = {
     "recipes_digits.json": recipes.markdown,
     "training_digits.json": training.markdown,
     "encoders_saliency_encoder.json": encoders.markdown,
+    "encoders_saliency_encoder_features.json": encoders.markdown,
+    "encoders_random_dinov3.json": encoders.markdown,
+    "encoders_random_siglip.json": encoders.markdown,
 }
 
 

@@ -503,7 +503,7 @@ def test_the_gradient_of_the_importance_is_summed_over_batches():
 # ---------------------------------------------------------------------------------------------------------------------
 # All methods, and the program
 
-SLOW = "500 steps"
+SLOW = "steps"
 
 
 @pytest.mark.parametrize("target", ["logits", "tokens"])
@@ -552,7 +552,6 @@ def test_the_program_measures_a_classifier_once(
         )
     found = {(row["method"], row["size"]): row for row in content["rows"]}
     assert found["random", "mlp10+qk25"]["macs_share"] is None
-    assert found["CORP", "mlp10+qk25"]["kl"] < found["CORP", "mlp50"]["kl"]
     assert found["best, refitted", "0.5"]["macs_share"] <= 0.5
     assert [row["search"] for row in content["searches"]] == ["snapvit"]
     assert len(content["whole"]) == 1 and content["whole"][0]["images"] == 90
@@ -586,5 +585,7 @@ def test_the_program_measures_an_encoder(tmp_path: Path, monkeypatch: pytest.Mon
     assert [row["method"] for row in rows] == [name for name in methods for _ in range(2)]
     shares = {row["method"]: row["macs_share"] for row in rows if row["size"] == "mlp35+heads34"}
     assert shares["CORP"] is None and shares["Taylor"] == shares["best"] and 0.68 < shares["SnapViT"] < 0.72
-    assert all(-1 <= row["class"] <= 1 and 0 <= row["iou"] <= 1 for row in rows if row["macs_share"])
-    assert "class, patch, iou" in rivals.markdown({"rows": rows})
+    assert all(-1 <= row["features"] <= 1 and 0 <= row["iou"] <= 1 for row in rows if row["macs_share"])
+    assert "features, patch, iou" in rivals.markdown({"rows": rows})
+    without = [{key: value for key, value in row.items() if key != "iou"} for row in rows]  # as without --head
+    assert "features, patch." in rivals.markdown({"rows": without})

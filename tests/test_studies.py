@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import itertools
 import json
 import sys
@@ -25,11 +27,13 @@ from piad import importance
 from piad.dropout_list import unit_sizes
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
-from studies import alternatives, choices, encoders, recipes, regimes, training
+from studies import alternatives, choices, encoders, quantized, recipes, regimes, training
 from studies.common import Results, run_entry_point, zero_dims
 from studies.criteria import ClassTokenOnly, EqualTokens
 from studies.regimes import CHOICES
+from studies.two_widths import extract_parted, parted
 from supernet import Network
+from supernet.graphs import ONNX_PACKAGES
 from wpac.statistics import TokenCollector, TokenMoments, collect_statistics
 
 
@@ -147,6 +151,27 @@ def test_tables_have_a_cell_for_each_size():
     assert np.isclose(sum(alternatives.SHARES.values()), 1.5)
 
 
+def test_two_widths_of_an_attention_leave_out_the_other_dims():
+    model = random_backbone()
+    full = full_widths(model)
+    half = {key: width // 2 for key, width in full.items()}
+    qk, v = parted(half, 0.5, full)
+    assert qk["0.attn"] < half["0.attn"] < v["0.attn"] and qk["0.attn"] + v["0.attn"] == 2 * half["0.attn"]
+    images = random_data(4)[0]
+    expected = copy.deepcopy(model)
+    for index, block in enumerate(expected.blocks):
+        attn, heads = block.attn, block.attn.num_heads
+        for parameter in (attn.qkv.weight, attn.qkv.bias):
+            parts = parameter.data.unflatten(0, (3, heads, -1))
+            parts[:2, :, qk[f"{index}.attn"] :], parts[2, :, v[f"{index}.attn"] :] = 0, 0
+        block.mlp.fc2.weight.data[:, v[f"{index}.mlp"] :] = 0
+    assert relative(extract_parted(model, qk, v)(images), expected(images)) < 1e-12
+    assert relative(extract_parted(model, half, half)(images), extract(model, half)(images)) < 1e-12
+
+
+POOLED = {"class_token": False, "global_pool": "map"}
+
+
 def test_the_study_of_encoders_measures_every_grade(tmp_path: Path, capsys: pytest.CaptureFixture):
     photos, generator = tmp_path / "photos", np.random.default_rng(0)
     photos.mkdir()
@@ -163,14 +188,29 @@ def test_the_study_of_encoders_measures_every_grade(tmp_path: Path, capsys: pyte
     files = ["--photos", photos, "--checkpoint", tmp_path / "encoder.safetensors", "--head",
              tmp_path / "head.safetensors", "--output-dir", tmp_path]  # fmt: skip
     model = ["--model", PLAIN, "--model-kwargs", *(f"{key}={value}" for key, value in shape.items())]
-    run_entry_point(encoders.main, "--name", "tiny", *files, *model, "--fit", 14, "--report", 6, "--steps", 2, 0)
-    rows = json.loads((tmp_path / "encoders_tiny.json").read_text())["rows"]
+    steps = ["--fit", 14, "--report", 6, "--steps", 2, 0, "--qk", 1, 0.5, "--parts", "attn", "mlp", "0-0"]
+    run_entry_point(encoders.main, "--name", "tiny", *files, *model, *steps)
+    results = json.loads((tmp_path / "encoders_tiny.json").read_text())
+    rows, apart = results["rows"], results["two_widths"]
     assert [(row["size"], row["steps"]) for row in rows] == [
         (size, steps) for steps in (None, 2, 0) for size in ("0.5", "0.25", "mild")
     ]
-    assert all(-1 <= row["class"] <= 1 and 0 <= row["iou"] <= 1 for row in rows)
+    assert all(-1 <= row["features"] <= 1 and 0 <= row["iou"] <= 1 for row in rows)
     assert rows[2]["patch"] > rows[0]["patch"] > rows[1]["patch"]  # less is cut: nearer
+    parts = {row["part"]: row for row in results["parts"] if row["size"] == "0.5"}
+    assert parts.keys() == {"attn", "mlp", "0-0"} and all(row["patch"] > rows[0]["patch"] for row in parts.values())
+    missing = [1 - parts[kind]["macs_share"] for kind in ("attn", "mlp")]
+    assert sum(missing) == pytest.approx(1 - rows[0]["macs_share"])
+    assert apart[0]["share"] == 1 and apart[0]["patch"] == pytest.approx(rows[0]["patch"], abs=1e-6)
     assert "| compensated |" in capsys.readouterr().out and (tmp_path / "encoders_tiny.png").exists()
+    # Random weights, no head, and a model that pools its tokens by attention.
+    pooled = ["--model-kwargs", *(f"{key}={value}" for key, value in (shape | POOLED).items()), "--target", "features"]
+    files = ["--photos", photos, "--output-dir", tmp_path, "--model", PLAIN, *pooled]
+    run_entry_point(encoders.main, "--name", "random", *files, "--fit", 14, "--report", 6, "--steps", 0)
+    results = json.loads((tmp_path / "encoders_random.json").read_text())
+    assert results["target"] == "features" and results["largest_change"] < 1e-4
+    assert all("iou" not in row and -1 <= row["patch"] <= 1 for row in results["rows"])
+    assert "| MACs | sub-network | features | patch | seconds |" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +282,48 @@ def test_recipes_are_trained_once(labels: bool, contracted: Path, tmp_path: Path
     assert len(set(found.values())) == len(names)
     assert all(row["labels"] == labels for row in content["rows"])
     assert f"| two passes | 1 | {content['rows'][4]['averaged']['top1']['0.5']:.1f} |" in recipes.markdown(content)
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ONNX_PACKAGES), reason="needs requirements-export.txt"
+)
+def test_float32_and_int8_are_compared_and_timed_once(contracted: Path, tmp_path: Path):
+    words = [
+        "--name",
+        "tiny",
+        "--checkpoint",
+        contracted,
+        "--data-set",
+        "digits",
+        "--val-images",
+        64,
+        "--calibration",
+        32,
+    ]
+    words += ["--sizes", 3, "--batch-sizes", 1, 4, "--repeats", 2, "--threads", 1, "--output-dir", tmp_path]
+    for _ in range(2):  # the second time everything is there
+        run_entry_point(quantized.main, *words)
+        content = json.loads((tmp_path / "quantized_tiny.json").read_text())
+        codes = list(dict.fromkeys(row["op_code"] for row in content["sizes"]))
+        assert len(codes) == 3 and codes[0] == 0
+        files = [(code, dtype) for code in codes for dtype in ("float32", "int8")]
+        assert [(row["op_code"], row["dtype"]) for row in content["sizes"]] == files
+        assert [(row["op_code"], row["dtype"]) for row in content["times"]] == 2 * files
+    whole, whole_int8, *_ = content["sizes"]
+    assert whole["kl"] < 1e-9 and whole["agreement"] == 100  # the file against the model
+    assert 1e-8 < whole_int8["kl"] < 0.1 and whole_int8["bytes"] < whole["bytes"]
+    assert (tmp_path / "quantized_tiny.png").stat().st_size > 10_000
+    lines = quantized.markdown(content).splitlines()
+    assert len(lines) == 2 + 6 + 1 + 2 + 2 * 3
+
+
+def test_the_best_file_within_a_time_is_the_nearest_one():
+    rows = [{"milliseconds": time, "kl": kl} for time, kl in ((3.0, 0.1), (2.0, 0.3), (1.5, 0.2), (1.0, 0.9))]
+    assert quantized.best_within(rows, 2.5) == {"milliseconds": 1.5, "kl": 0.2}
+    assert quantized.best_within(rows, 0.9) is None
+    assert (
+        quantized.best_within([{"milliseconds": 1.0, "token_cosine": c} for c in (0.7, 0.9)], 1)["token_cosine"] == 0.9
+    )
 
 
 def test_log_law_draws_small_networks_as_often_as_large_ones(contracted: Path):

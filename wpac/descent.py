@@ -19,7 +19,7 @@ from .streams import Batch
 
 # studies/encoders.py measures them.
 IMAGES = 8  # per step and process
-RATE, WARMUP = 6e-4, 0.1  # the highest learning rate of Adam, and the share of the steps until it is reached
+RATE, WARMUP = 4e-4, 0.1  # the highest learning rate of Adam, and the share of the steps until it is reached
 BETAS = (0.9, 0.99)
 CLASS_SHARE = 0.05  # of the loss, for the class token, where all tokens are the target: it is one of hundreds
 
@@ -39,45 +39,35 @@ def weights_of_tokens(model: Backbone, part: Part, x: Tensor, target: str) -> Te
 
 
 def descend(
-    block: nn.Module,
-    whole_parts: list[Part],
-    cut_parts: list[Part],
-    batches: list[Batch],
-    weights: Tensor,
-    steps: int,
-    *key: int,
+    block: nn.Module, parts: list[Part], batches: list[Batch], weights: Tensor, steps: int, *key: int
 ) -> Replaced:
-    """Trains a block, and moves both streams past it. Returns the parameters that were replaced.
+    """Trains a block of the cut network, and moves its stream past it. Returns the parameters that were replaced.
 
     With several processes, each step takes IMAGES images of every process and the mean of their gradients: all of them
     end with the same weights, bit for bit. These are not those of one process with all the images, which takes other
     images in other steps; what holds for both is that the error of the block falls.
 
     Args:
-        block: The block of the cut network.
-        whole_parts, cut_parts: The parts that the block of the whole network and of the cut one consists of.
-        batches: The streams before the block.
+        block: The block.
+        parts: What it consists of.
+        batches: The whole network's stream after the block, and the cut one's before it.
         weights: (N,), of the tokens.
         steps: Of Adam, each on IMAGES images per process.
         key: Numbers that decide, with the rank, which images a step takes.
     """
 
     def run(x: Tensor) -> Tensor:
-        for part in cut_parts:
+        for part in parts:
             x = apply_part(x, part)
         return x
 
     replaced: Replaced = []
+    for module in block.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            replaced.append(replaced_by(module, name, parameter.detach().clone()))
+    _train([*block.parameters()], run, [b for b in batches if not b.held_out], weights, steps, *key)
     for batch in batches:
-        for part in whole_parts:
-            batch.whole = apply_part(batch.whole, part)
-    if cut_parts:
-        for module in block.modules():
-            for name, parameter in [*module.named_parameters(recurse=False)]:
-                replaced.append(replaced_by(module, name, parameter.detach().clone()))
-        _train([*block.parameters()], run, [b for b in batches if not b.held_out], weights, steps, *key)
-        for batch in batches:
-            batch.cut = run(batch.cut)
+        batch.cut = run(batch.cut)
     return replaced
 
 

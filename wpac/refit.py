@@ -50,16 +50,15 @@ def refit(
     """Refits every branch of `small` to the whole network, in place and in forward order.
 
     model: the whole network that `small` was cut from.  images: batches (B, C, height, width), read once.  target: see
-    models.targets (default: that of default_target()).  steps: 0 solves the linear layers by damped least squares;
-    more are the steps of gradient descent that each block is trained for instead (see wpac.descent), on images that
-    `seed` decides.
+    models.targets (default: that of default_target()).  steps: of gradient descent, which each block is trained for
+    after its linear layers were solved by damped least squares (see wpac.descent), on images that `seed` decides.
     By least squares, each layer is fitted on the inputs that it receives after the layers before it have been refitted.
     The targets of the first layers of a branch (such as qkv, fc1) are the outputs of those layers for the whole
     network's residual stream. The targets of the last layer (proj, fc2) are that stream after the branch, so that
     errors of earlier layers are corrected, too. One image in HELD_OUT is not fitted: a layer whose fit does not lower
     the error on those images keeps what it had. By gradient descent, the target of a block is that stream after it.
     Either way the sub-network stays as it was if its output is not nearer to the whole network's on those images.
-    The residual streams of all images are kept in memory, once for each of the two networks, and at most as much again.
+    The residual streams of all images are kept in memory, once for each of the two networks, and at most one more.
     Raises UserError where there are fewer than two different images, or with steps a process without any to fit.
     """
     if full_widths(small) == full_widths(model):  # nothing was cut
@@ -78,23 +77,27 @@ def refit(
         if index is None:  # a Swin merges patches
             for batch in batches:
                 batch.whole, batch.cut = parts[0][1](batch.whole), parts[0][1](batch.cut)
-        elif steps:
-            runs = [part for part in cut_parts if _block_of(part) == index]
+            continue
+        inputs = [batch.cut for batch in batches]
+        for key, run in parts:
+            if key in cut_runs:
+                whole, cut = Branch(model, key, run), Branch(small, key, cut_runs[key])
+                replaced += _refit_branch(whole, cut, batches, keep=not steps)
+            else:
+                for batch in batches:
+                    batch.whole = batch.whole + run(batch.whole)
+        runs = [part for part in cut_parts if _block_of(part) == index]
+        if steps and runs:
+            for batch, x in zip(batches, inputs, strict=True):
+                batch.cut = x
             weights = weights_of_tokens(model, parts[-1], batches[0].whole, target)
-            replaced += descend(blocks_of(small)[index], parts, runs, batches, weights, steps, seed, index)
-        else:
-            for key, run in parts:
-                if key in cut_runs:
-                    replaced += _refit_branch(Branch(model, key, run), Branch(small, key, cut_runs[key]), batches)
-                else:
-                    for batch in batches:
-                        batch.whole = batch.whole + run(batch.whole)
+            replaced += descend(blocks_of(small)[index], runs, batches, weights, steps, seed, index)
     expected = [from_tokens(model, model.norm(batch.whole), target) for batch in held_out]
     after = [from_tokens(small, small.norm(batch.cut), target) for batch in held_out]
     distances = [[_distance(target, *pair) for pair in zip(expected, found, strict=True)] for found in (before, after)]
     result = _compared(*(torch.cat([torch.zeros(0, dtype=torch.float64, device=device), *part]) for part in distances))
     if not result.helped:
-        for module, name, parameter in replaced:
+        for module, name, parameter in reversed(replaced):
             setattr(module, name, parameter)
         say(f"refitting did not help on held-out images ({result.before:.3g} -> {result.after:.3g}): left as it was")
     model.train(training[0])
@@ -141,8 +144,11 @@ def _block_of(part: Part) -> int | None:
 # A branch, by least squares
 
 
-def _refit_branch(whole: Branch, cut: Branch, batches: list[Batch]) -> Replaced:
-    """Refits a branch, and moves both streams past it. Returns the parameters that were replaced."""
+def _refit_branch(whole: Branch, cut: Branch, batches: list[Batch], keep: bool) -> Replaced:
+    """Refits a branch, and moves both streams past it. Returns the parameters that were replaced.
+
+    keep: whether there is memory for one more stream.
+    """
     dim, device = cut.last.out_features, cut.last.weight.device
     order = cut.order(batches[0].cut)
     weights = whole.token_weights(order)
@@ -172,7 +178,7 @@ def _refit_branch(whole: Branch, cut: Branch, batches: list[Batch]) -> Replaced:
             target = mean + deviation * (missing - cut.norm_after.bias) * inverse
             residual = torch.where(scale == 0, 0.0, target - y)
             _add(last, x, residual, weights / deviation[..., 0].square(), batch.held_out)
-        if x.shape[-1] <= dim:  # no more memory than a residual stream, and the branch need not run again
+        if keep and x.shape[-1] <= dim:  # no more memory than a residual stream, and the branch need not run again
             kept.append(x)
     replaced += _fold_last(cut, last, scale.square())
     for number, batch in enumerate(batches):
