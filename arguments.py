@@ -278,7 +278,7 @@ def add_refit(group: argparse._ArgumentGroup) -> None:
         default=False,
         metavar="STEPS",
         help="fit each sub-network anew to the whole network on --proxy-samples training images, without labels: its "
-        "linear layers by least squares, and with STEPS its blocks by so many steps of gradient descent each then, "
+        "linear layers by least squares and then, with STEPS, each of its blocks by so many steps of gradient descent, "
         "such as 400, which comes nearer where much is cut",
     )
 

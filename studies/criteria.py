@@ -32,8 +32,8 @@ def importance_by(
     Returns module key -> (P, H, d) for attention, with P = 3 (q, k, v) or 1 where only v is cut; (M,) for an MLP.
     criterion: "random", drawn from the seed; "magnitude", the norm of the weights of the dim in the layers before and
     after it; "taylor" or "hessian", the mean over all tokens of |g * x| or its square, with g the gradient of the cost.
-    batches: (images, targets), for "taylor" and "hessian".  cost: a key of models.targets.COSTS, of
-    the output `target`.
+    batches: (images, targets), for "taylor" and "hessian".  cost: a key of models.targets.COSTS, for the output that
+    `target` names.
     """
     modules, device = modules_of(model), next(model.parameters()).device
     shapes = {key: (m.parts, m.heads, m.width) if m.kind == "attn" else (m.width,) for key, m in modules.items()}

@@ -41,6 +41,7 @@ from utils import init_processes, run_program
 from wpac.refit import refit
 
 BATCH = 20
+SCORES = {"features": "features", "patch": "patch", "iou": "IoU"}  # and their names in tables
 MILD = {"attn": 0.8, "mlp": 0.65}  # shares of the dims, for comparison with published figures
 SHOWN = slice(0, 48, 12)  # photos of the picture
 
@@ -61,6 +62,7 @@ class SaliencyHead(nn.Sequential):
         self.eval()
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: (B, N, D), of a square of patches."""
         side = round(tokens.shape[1] ** 0.5)
         x = super().forward(tokens.mT.unflatten(2, (side, side)))
         return F.interpolate(x, self.size, mode="bilinear", align_corners=False)[:, 0].sigmoid()
@@ -69,7 +71,8 @@ class SaliencyHead(nn.Sequential):
 class Study:
     """The encoder, the photos and the head. `fitted` and `others`: (photos, C, height, width)."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, path: Path):
+        """path: of the results."""
         more = {"model_kwargs": args.model_kwargs, "preprocessing": data_overrides(args)}
         if args.checkpoint:
             self.network = supernet.load(args.checkpoint, name=args.model, plain_weights=True, **more)
@@ -81,7 +84,6 @@ class Study:
         self.head = SaliencyHead(load_file(args.head), photos.shape[-2:]) if args.head else None
         self.whole = self.tokens(self.network.model)
         self.maps = self.maps_of(self.whole)
-        path = args.output_dir / f"encoders_{args.name}.json"
         self.network.target = args.target
         facts = facts_of(self.network) | {"target": args.target, "machine": describe_machine(torch.device("cpu"), None)}
         self.results = Results(path, **facts)
@@ -165,29 +167,34 @@ def _is_in(module: str, part: str) -> bool:
 
 def markdown(results: dict[str, Any]) -> str:
     """The tables of docs/RESULTS.md: cosines of the features and of the patch tokens, and IoU."""
-    names = {"features": "features", "patch": "patch", "iou": "IoU"}
-    scores = [key for key in names if key in results["rows"][0]]
-    lines = [f"| MACs | sub-network | {' | '.join(names[key] for key in scores)} | seconds |"]
-    lines.append("|---" * (len(scores) + 3) + "|")
     kinds = [None, *sorted({row["steps"] for row in results["rows"]} - {None})]
-    for row in sorted(results["rows"], key=lambda row: (-row["macs_share"], kinds.index(row["steps"]))):
-        steps = row["steps"]
-        grade = "compensated" if steps is None else f"refitted, {steps} steps" if steps else "refitted, least squares"
-        values = " | ".join(f"{row[key]:.3f}" for key in scores)
-        lines.append(f"| {row['macs_share']:.2f} | {grade} | {values} | {row['seconds']:.0f} |")
-    if parts := results.get("parts", []):
-        lines += ["", f"| size | cut in | MACs | {' | '.join(names[key] for key in scores)} |"]
-        lines.append("|---" * (len(scores) + 3) + "|")
-        for row in parts:
-            values = " | ".join(f"{row[key]:.3f}" for key in scores)
-            lines.append(f"| {row['size']} | {row['part']} | {row['macs_share']:.2f} | {values} |")
-    if apart := results.get("two_widths", []):
-        lines += ["", f"| size | width of q and k, times | {' | '.join(names[key] for key in scores)} |"]
-        lines.append("|---" * (len(scores) + 2) + "|")
-        for row in sorted(apart, key=lambda row: (-float(row["size"]), row["share"])):
-            values = " | ".join(f"{row[key]:.3f}" for key in scores)
-            lines.append(f"| {row['size']} | {row['share']:g} | {values} |")
-    return "\n".join(lines)
+    rows = sorted(results["rows"], key=lambda row: (-row["macs_share"], kinds.index(row["steps"])))
+    found = [[f"{row['macs_share']:.2f}", _grade(row["steps"]), *_scores(row), f"{row['seconds']:.0f}"] for row in rows]
+    tables = [_table(["MACs", "sub-network", *_names(rows), "seconds"], found)]
+    if rows := results.get("parts", []):
+        found = [[row["size"], row["part"], f"{row['macs_share']:.2f}", *_scores(row)] for row in rows]
+        tables.append(_table(["size", "cut in", "MACs", *_names(rows)], found))
+    if rows := results.get("two_widths", []):
+        found = [[row["size"], f"{row['share']:g}", *_scores(row)] for row in rows]
+        tables.append(_table(["size", "width of q and k, times", *_names(rows)], found))
+    return "\n\n".join(tables)
+
+
+def _names(rows: list[dict[str, Any]]) -> list[str]:
+    """The scores that rows have, as a table names them; there is no IoU without a head."""
+    return [name for key, name in SCORES.items() if key in rows[0]]
+
+
+def _scores(row: dict[str, Any]) -> list[str]:
+    return [f"{row[key]:.3f}" for key in SCORES if key in row]
+
+
+def _grade(steps: int | None) -> str:
+    return "compensated" if steps is None else f"refitted, {steps} steps" if steps else "refitted, least squares"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def add_encoder_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -210,7 +217,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = add_encoder_arguments(parser)
-    group.add_argument("--steps", type=count, nargs="+", default=[400, 0], help="of refitting; 0 = least squares")
+    group.add_argument("--steps", type=count, nargs="+", default=[0, 400], help="of refitting; 0 = least squares")
     group.add_argument("--qk", type=float, nargs="*", default=[], help="also this times the width for q and k alone")
     group.add_argument("--parts", nargs="*", default=[], help="also cut only attn, mlp, or blocks such as 0-3")
     group.add_argument("--sizes", nargs="+", default=["0.5", "0.25", "mild"], help="shares of the MACs, or mild")
@@ -220,7 +227,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     init_processes(args)
-    study = Study(args)
+    study = Study(args, args.output_dir / f"encoders_{args.name}.json")
     batches = [(images, torch.zeros(len(images), dtype=torch.long)) for images in study.fitted.split(BATCH)]
     contraction = contract_network(study.network, batches, method="best", dropout_ratio=0.95)
     study.results.content["largest_change"] = contraction.difference  # of the target, relative to its largest value

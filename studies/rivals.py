@@ -23,16 +23,15 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from arguments import Parser
-from benchmarks.common import describe_machine
 from studies import encoders
-from studies.common import CutStudy, Results, add_study_arguments, facts_of
+from studies.common import CutStudy, add_study_arguments
 from studies.plots import plot_rivals
 from studies.rivals_methods import METHODS
 from studies.rivals_task import Size, Task, macs_of
 from utils import init_processes, progress_bar, run_program
 
 SIZES = ("0.125", "0.25", "0.5", "0.75", "mlp50", "mlp61+qk60", "mlp92+qk88", "mlp35+heads20")
-MEASURES = {"classifier": ("top1", "kl"), "encoder": ("features", "patch", "iou")}
+MEASURES = {"classifier": ("top1", "kl"), "encoder": tuple(encoders.SCORES)}
 FORMATS = {"top1": ".1f", "kl": ".4f", "features": ".3f", "patch": ".3f", "iou": ".3f"}
 
 
@@ -58,9 +57,7 @@ class Encoder(encoders.Study):
     """An encoder without a head: photos to fit on, and others to measure on."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, path: Path):
-        super().__init__(args)
-        facts = facts_of(self.network) | {"target": args.target}
-        self.results = Results(path, **facts, machine=describe_machine(device, args.threads))
+        super().__init__(args, path)
         self.fit, self.report = len(self.fitted), len(self.others)
 
     def task(self, draw: int) -> Task:

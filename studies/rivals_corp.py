@@ -46,7 +46,7 @@ class QueryKeyMoments:
         self._energy = torch.zeros(shape, **more)
 
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Adds a batch; outputs: (B, N, 3 H d)."""
+        """Adds a batch of what qkv gives, `outputs` of shape (B, N, 3 H d)."""
         qk = outputs.unflatten(-1, (3, self.heads, -1))[:, :, :2].permute(2, 3, 0, 1, 4).double()  # (2, H, B, N, d)
         self._energy += qk.square().sum(3).prod(0).sum(1)
         rows = qk.flatten(2, 3)  # (2, H, B N, d)
@@ -68,11 +68,13 @@ class QueryKeyMoments:
 
 
 def corp(task: Task, sequential: bool) -> Cutter:
-    """sequential: see rivals_cut.cut_in_order(). The authors' code takes new statistics after each block."""
+    """Gives a function that cuts networks; see the top of this file.
+
+    sequential: see rivals_cut.cut_in_order(). The authors' code takes new statistics after each block.
+    """
     model = task.model
     check_plain(model)
     hidden, dims = model.blocks[0].mlp.fc1.out_features, model.blocks[0].attn.head_dim
-
     fewest = min(MIN_UNITS, hidden), min(MIN_DIMS, dims)
 
     def kept(size: Size) -> tuple[int, int]:

@@ -116,9 +116,9 @@ def macs_without(model: VisionTransformer, units: int = 0, qk: int = 0, heads: i
 
 
 def smallest_cut(macs: Callable[[float], int], limit: float) -> float | None:
-    """The smallest share x in 0..1 with macs(x) <= limit, by bisection; None where there is none.
+    """The smallest share x in 0..1 that leaves at most `limit` MACs, found by bisection.
 
-    macs: falls with x.
+    macs: the MACs that are left without a share; they fall as it grows. Returns None where all of it is not enough.
     """
     if macs(1.0) > limit:
         return None

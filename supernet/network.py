@@ -141,8 +141,10 @@ class Network:
 
         profile: of the device that the sub-networks are for, so that dims leave by their loss per second (default: by
         their loss per MAC).  dropout_ratio: share of the time, or of the MACs, that the table can drop.
-        Raises UserError where the loss of each dim is not kept beside the weights.
+        Raises UserError for a profile of another network, or where the loss of each dim is not kept beside the weights.
         """
+        if profile is not None:
+            profile.check_model(self.model)
         stamp = self.stamp or stamp_of(self.model.parameters())
         if self.dim_losses is None:
             folder = self.source.parent if self.source else Path()

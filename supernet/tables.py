@@ -25,12 +25,10 @@ def table_of_losses(
 
     losses: module key -> (width,), of wpac.allocation.dim_errors().  stamp: of the weights.  dropout_ratio: share of
     the MACs or of the time of the whole network that the table can drop.
-    Raises UserError for a profile of another network.
     """
     full = full_widths(model)
     whole = MaskTable([full], {"made_by": "contraction, without training", "stamp": stamp})
     if profile is None:
         return grow(whole, losses, units_of(model), dropout_ratio * count_macs(model))
-    profile.check_model(model)
     whole.meta["made_for"] = profile.conditions()
     return grow(whole, losses, profile.units(), dropout_ratio * profile.of(full))

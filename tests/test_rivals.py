@@ -12,9 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
-from tiny import PLAIN, SHAPE, batches, random_backbone, random_data, relative, some_widths
+from tiny import (
+    PLAIN,
+    SHAPE,
+    batches,
+    draw_parameters,
+    encoder_files,
+    random_backbone,
+    random_data,
+    relative,
+    some_widths,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -537,7 +546,7 @@ def test_the_program_measures_a_classifier_once(
     monkeypatch.setattr(rivals_snapvit, "EVALUATIONS", 2)
     monkeypatch.setattr(rivals_corp, "MIN_UNITS", 8)
     monkeypatch.setattr(rivals_corp, "MIN_DIMS", 2)
-    model = create_backbone(PLAIN, **TINY, num_classes=10)
+    model = draw_parameters(create_backbone(PLAIN, **TINY, num_classes=10))
     save_file(model.state_dict(), tmp_path / "plain.safetensors")
     words = ["classifier", "--name", "tiny", *DIGITS, *MODEL, "--crop-pct", 1, "--val-images", 90]
     words += ["--checkpoint", tmp_path / "plain.safetensors", "--output-dir", tmp_path]
@@ -552,6 +561,7 @@ def test_the_program_measures_a_classifier_once(
         )
     found = {(row["method"], row["size"]): row for row in content["rows"]}
     assert found["random", "mlp10+qk25"]["macs_share"] is None
+    assert found["CORP", "mlp50"]["kl"] < found["random", "mlp50"]["kl"] / 2
     assert found["best, refitted", "0.5"]["macs_share"] <= 0.5
     assert [row["search"] for row in content["searches"]] == ["snapvit"]
     assert len(content["whole"]) == 1 and content["whole"][0]["images"] == 90
@@ -564,21 +574,7 @@ def test_the_program_measures_a_classifier_once(
 
 def test_the_program_measures_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rivals_snapvit, "EVALUATIONS", 2)
-    photos, generator = tmp_path / "photos", np.random.default_rng(0)
-    photos.mkdir()
-    for index in range(12):
-        Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(photos / f"{index:02}.png")
-    shape = {**SHAPE, "num_classes": 0}
-    save_file(random_backbone(num_classes=0, dtype=torch.float32).state_dict(), tmp_path / "encoder.safetensors")
-    head, channels = {}, (shape["embed_dim"], 8, 4, 2)
-    for i, (before, after) in enumerate(itertools.pairwise(channels), 1):
-        head |= {f"upconv{i}.{k}": v for k, v in nn.ConvTranspose2d(before, after, 4).state_dict().items()}
-        head |= {f"bn{i}.{k}": v for k, v in nn.BatchNorm2d(after).state_dict().items()}
-    head |= {"final_conv.weight": torch.ones(1, 2, 1, 1), "final_conv.bias": torch.zeros(1)}
-    save_file(head, tmp_path / "head.safetensors")
-    words = ["encoder", "--name", "tiny", "--photos", photos, "--checkpoint", tmp_path / "encoder.safetensors"]
-    words += ["--head", tmp_path / "head.safetensors", "--output-dir", tmp_path, "--fit", 8, "--report", 4]
-    words += ["--model", PLAIN, "--model-kwargs", *(f"{key}={value}" for key, value in shape.items())]
+    words = ["encoder", "--name", "tiny", *encoder_files(tmp_path, 12), "--fit", 8, "--report", 4]
     methods = ["Taylor", "SnapViT", "CORP", "best"]
     run_entry_point(rivals.main, *words, "--methods", *methods, "--sizes", 0.75, "mlp35+heads34")
     rows = json.loads((tmp_path / "rivals_tiny.json").read_text())["rows"]

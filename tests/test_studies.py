@@ -12,10 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
-from tiny import PLAIN, SHAPE, batches, random_backbone, random_data, relative
-from torch import nn
+from tiny import PLAIN, SHAPE, batches, encoder_files, random_backbone, random_data, relative
 
 import reparam
 import supernet
@@ -169,27 +167,12 @@ def test_two_widths_of_an_attention_leave_out_the_other_dims():
     assert relative(extract_parted(model, half, half)(images), extract(model, half)(images)) < 1e-12
 
 
-POOLED = {"class_token": False, "global_pool": "map"}
+POOLED = SHAPE | {"num_classes": 0, "class_token": False, "global_pool": "map"}
 
 
 def test_the_study_of_encoders_measures_every_grade(tmp_path: Path, capsys: pytest.CaptureFixture):
-    photos, generator = tmp_path / "photos", np.random.default_rng(0)
-    photos.mkdir()
-    for index in range(20):
-        Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(photos / f"{index:02}.png")
-    shape = {**SHAPE, "num_classes": 0}
-    save_file(random_backbone(num_classes=0, dtype=torch.float32).state_dict(), tmp_path / "encoder.safetensors")
-    head, channels = {}, (shape["embed_dim"], 8, 4, 2)
-    for i, (before, after) in enumerate(itertools.pairwise(channels), 1):
-        head |= {f"upconv{i}.{k}": v for k, v in nn.ConvTranspose2d(before, after, 4).state_dict().items()}
-        head |= {f"bn{i}.{k}": v for k, v in nn.BatchNorm2d(after).state_dict().items()}
-    head |= {"final_conv.weight": torch.zeros(1, 2, 1, 1), "final_conv.bias": torch.ones(1)}
-    save_file(head, tmp_path / "head.safetensors")
-    files = ["--photos", photos, "--checkpoint", tmp_path / "encoder.safetensors", "--head",
-             tmp_path / "head.safetensors", "--output-dir", tmp_path]  # fmt: skip
-    model = ["--model", PLAIN, "--model-kwargs", *(f"{key}={value}" for key, value in shape.items())]
     steps = ["--fit", 14, "--report", 6, "--steps", 2, 0, "--qk", 1, 0.5, "--parts", "attn", "mlp", "0-0"]
-    run_entry_point(encoders.main, "--name", "tiny", *files, *model, *steps)
+    run_entry_point(encoders.main, "--name", "tiny", *encoder_files(tmp_path, 20), *steps)
     results = json.loads((tmp_path / "encoders_tiny.json").read_text())
     rows, apart = results["rows"], results["two_widths"]
     assert [(row["size"], row["steps"]) for row in rows] == [
@@ -204,8 +187,8 @@ def test_the_study_of_encoders_measures_every_grade(tmp_path: Path, capsys: pyte
     assert apart[0]["share"] == 1 and apart[0]["patch"] == pytest.approx(rows[0]["patch"], abs=1e-6)
     assert "| compensated |" in capsys.readouterr().out and (tmp_path / "encoders_tiny.png").exists()
     # Random weights, no head, and a model that pools its tokens by attention.
-    pooled = ["--model-kwargs", *(f"{key}={value}" for key, value in (shape | POOLED).items()), "--target", "features"]
-    files = ["--photos", photos, "--output-dir", tmp_path, "--model", PLAIN, *pooled]
+    pooled = ["--model", PLAIN, "--model-kwargs", *(f"{key}={value}" for key, value in POOLED.items())]
+    files = ["--photos", tmp_path / "photos", "--output-dir", tmp_path, *pooled, "--target", "features"]
     run_entry_point(encoders.main, "--name", "random", *files, "--fit", 14, "--report", 6, "--steps", 0)
     results = json.loads((tmp_path / "encoders_random.json").read_text())
     assert results["target"] == "features" and results["largest_change"] < 1e-4

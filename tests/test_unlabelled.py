@@ -361,10 +361,10 @@ def test_export_refits_as_python_does(contracted: Path, photos: Path, tmp_path: 
     found, net = supernet.load(tmp_path / "out"), supernet.load(contracted)
     train = open_images("images", str(photos), "train")
     images = torch.stack([net.read(train[index][0]) for index in range(len(train))])
-    expected = net.cut(-1, refit=[images], refit_steps=60)
+    expected = net.cut(-1, refit=images.split(64), refit_steps=60)  # the batches of export.py: sums are rounded alike
     assert found.grade == net.grade_of(expected) == "refitted, 60 steps per block"
     outputs = [output_of(model, images, "tokens") for model in (found.model, expected)]
-    assert torch.allclose(*outputs, atol=5e-3)  # sums of other batches are rounded otherwise, and both fits magnify it
+    assert torch.allclose(*outputs, atol=1e-4)
     again = ["export.py", tmp_path / "out", "--refit", *data, "--output", tmp_path / "again", "--device", "cpu"]
     assert exit_code(*again) == 2
     assert "is a sub-network, which is cut already: leave --refit out" in capsys.readouterr().err

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -187,3 +192,25 @@ def activations(model: VisionTransformer, image: Tensor, target: int, cost: str)
         key: (value.detach().squeeze(0), gradient.squeeze(0))
         for (key, value), gradient in zip(taken.items(), gradients, strict=True)
     }
+
+
+def encoder_files(folder: Path, photos: int) -> list[str | Path]:
+    """Writes photos, an encoder without a head and a saliency head for it; returns the flags that name them."""
+    generator = np.random.default_rng(0)
+    (folder / "photos").mkdir()
+    for index in range(photos):
+        pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "photos" / f"{index:02}.png")
+    shape = SHAPE | {"num_classes": 0}
+    save_file(random_backbone(num_classes=0, dtype=torch.float32).state_dict(), folder / "encoder.safetensors")
+    head, channels = {}, (shape["embed_dim"], 8, 4, 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for i, (before, after) in enumerate(itertools.pairwise(channels), 1):
+            head |= {f"upconv{i}.{k}": v for k, v in nn.ConvTranspose2d(before, after, 4).state_dict().items()}
+            head |= {f"bn{i}.{k}": v for k, v in nn.BatchNorm2d(after).state_dict().items()}
+    head |= {"final_conv.weight": torch.tensor([1.0, -1.0]).view(1, 2, 1, 1), "final_conv.bias": torch.zeros(1)}
+    save_file(head, folder / "head.safetensors")
+    files = ["--photos", folder / "photos", "--checkpoint", folder / "encoder.safetensors"]
+    files += ["--head", folder / "head.safetensors", "--output-dir", folder]
+    return [*files, "--model", PLAIN, "--model-kwargs", *(f"{key}={value}" for key, value in shape.items())]

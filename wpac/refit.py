@@ -147,7 +147,7 @@ def _block_of(part: Part) -> int | None:
 def _refit_branch(whole: Branch, cut: Branch, batches: list[Batch], keep: bool) -> Replaced:
     """Refits a branch, and moves both streams past it. Returns the parameters that were replaced.
 
-    keep: whether there is memory for one more stream.
+    keep: whether the inputs of the last layer may be kept in memory, so that the branch need not run again.
     """
     dim, device = cut.last.out_features, cut.last.weight.device
     order = cut.order(batches[0].cut)
@@ -178,7 +178,7 @@ def _refit_branch(whole: Branch, cut: Branch, batches: list[Batch], keep: bool) 
             target = mean + deviation * (missing - cut.norm_after.bias) * inverse
             residual = torch.where(scale == 0, 0.0, target - y)
             _add(last, x, residual, weights / deviation[..., 0].square(), batch.held_out)
-        if keep and x.shape[-1] <= dim:  # no more memory than a residual stream, and the branch need not run again
+        if keep and x.shape[-1] <= dim:  # no more memory than a residual stream
             kept.append(x)
     replaced += _fold_last(cut, last, scale.square())
     for number, batch in enumerate(batches):
