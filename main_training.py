@@ -141,6 +141,8 @@ def start_training(
     teacher: on the device, see open_teacher().  target: what the model learns from it.
     """
     _, processes = world()
+    if device.type == "cpu" and args.amp is not None:
+        use_plain_attention(model)
     images = args.batch_size * args.grad_accum_steps * processes
     lr = args.lr * images / 512
     say(
@@ -187,6 +189,13 @@ def start_training(
         grad_accum_steps=args.grad_accum_steps,
         grad_checkpointing=args.grad_checkpointing,
     )
+
+
+def use_plain_attention(model: nn.Module) -> None:
+    """Makes attention run as separate products: backwards, PyTorch's fused one is slow in half precision on a CPU."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
 
 
 def wrap_runner(args: argparse.Namespace, training: Training) -> None:

@@ -117,6 +117,16 @@ def test_training_without_mixup_smooths_labels(monkeypatch: pytest.MonkeyPatch):
     torch.testing.assert_close(loss, -(wanted * logits.log_softmax(-1)).sum())
 
 
+@pytest.mark.parametrize(("flags", "fused"), [((), True), (("--amp",), False)])
+def test_half_precision_on_a_cpu_trains_without_fused_attention(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], fused: bool
+):
+    """PyTorch's is slow there. The same attention is not fused in the averaged weights."""
+    training = main.start_training(parsed(monkeypatch, *flags), tiny_digits_model(), 10, torch.device("cpu"))
+    blocks = [*training.model.blocks, *training.ema.module.blocks]
+    assert {block.attn.fused_attn for block in blocks} == {fused}
+
+
 def test_augmentation_flags_reach_the_loader(monkeypatch: pytest.MonkeyPatch):
     flags = ["--aa", "none", "--color-jitter", "0.1", "--scale", "0.5", "0.9", "--hflip", "0", "--reprob", "0.7"]
     found = main.augmentation(parsed(monkeypatch, *flags))
