@@ -146,6 +146,14 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="temperature of the predictions, of type soft (default: %(default)s)",
     )
+    group.add_argument(
+        "--distillation-tokens",
+        type=decimal,
+        default=0.0,
+        metavar="X",
+        help="weight of the squared distance between the tokens and the teacher's after four blocks, relative to their "
+        "length, which is added to the loss; the teacher must have the same blocks (default: %(default)s)",
+    )
 
 
 def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:

@@ -50,6 +50,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(
             f"--distillation-type {args.distillation_type} needs a teacher: give --teacher-model self or --teacher-path"
         )
+    if args.distillation_tokens and not teacher:
+        raise UserError(
+            f"--distillation-tokens {args.distillation_tokens:g} needs a teacher: give --teacher-model self or "
+            "--teacher-path, with --distillation-type"
+        )
     if args.teacher_model == "self" and args.teacher_path:
         raise UserError(f"--teacher-model self is the network itself: leave --teacher-path {args.teacher_path} out")
     if args.stage != "piad":
@@ -117,7 +122,7 @@ def check_teaching(args: argparse.Namespace, teacher: Backbone, network: Network
         raise UserError(
             f"--distillation-type hard needs classes, but the target of the network is its {network.target}: give soft"
         )
-    check_teacher(teacher, network.model, network.target, source)
+    check_teacher(teacher, network.model, network.target, source, tokens=args.distillation_tokens > 0)
 
 
 def words_of_teacher(args: argparse.Namespace) -> str:
@@ -169,9 +174,12 @@ def start_training(
         loss_fn = loss_fn if teacher is not None else BothHeads(loss_fn)
     distillation = None
     if teacher is not None:
-        taught = Teacher(teacher, target, args.amp)
+        tokens = args.distillation_tokens > 0
+        taught = Teacher(teacher, target, args.amp, tokens)
         taught.run = torch.compile(outputs_of, backend=args.compile) if args.compile else outputs_of
-        distillation = Distillation(taught, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+        distillation = Distillation(
+            taught, args.distillation_type, args.distillation_alpha, args.distillation_tau, args.distillation_tokens
+        )
     return Training(
         model,
         optimizer,
@@ -185,7 +193,7 @@ def start_training(
         clip_grad=args.clip_grad,
         labels=uses_labels(args),
         distillation=distillation,
-        runner=model if target == "logits" else StudentOutputs(model, target),
+        runner=model if teacher is None else StudentOutputs(model, target, tokens),
         grad_accum_steps=args.grad_accum_steps,
         grad_checkpointing=args.grad_checkpointing,
     )

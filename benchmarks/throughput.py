@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from arguments import any_precision
 from benchmarks.common import (
@@ -35,10 +34,9 @@ from benchmarks.common import (
     reset_peak,
 )
 from benchmarks.sizes import half_widths
-from benchmarks.training import Step
+from benchmarks.training import Step, loss_with_teacher
 from models.backbone import full_widths
 from models.elastic import make_elastic
-from piad.distillation import Distillation, Teacher
 from supernet.timing import time_alternately
 from utils import run_program, tf32
 
@@ -75,8 +73,7 @@ def work_of(args: argparse.Namespace, name: str, device: torch.device) -> Callab
         return Step(model, batch, device)
     loss_fn = None
     if name == "the same with a teacher":
-        distillation = Distillation(Teacher(make_model(args, device), "logits"), "soft", 0.5, 1.0)
-        loss_fn = partial(distillation, F.cross_entropy)
+        loss_fn = loss_with_teacher(make_model(args, device))
     widths = full_widths(model) if name == "step, all MACs" else half_widths(model)["uniform"]
     return Step(make_elastic(model), batch, device, widths, loss_fn)
 

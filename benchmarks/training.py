@@ -178,13 +178,17 @@ def measure_step(args: argparse.Namespace, device: torch.device) -> list[Row]:
     return [_compared_steps(args, device, name, "stock model's step", step, base, goal=1.05)]
 
 
+def loss_with_teacher(teacher: VisionTransformer) -> Callable[..., Tensor]:
+    """A loss_fn of Step: half of it from the labels, half from the teacher."""
+    distillation = Distillation(Teacher(teacher, "logits"), "soft", 0.5, 1.0)
+    return lambda logits, images, targets: distillation(F.cross_entropy, {"logits": logits}, images, targets)
+
+
 def measure_teacher(args: argparse.Namespace, device: torch.device) -> list[Row]:
     """Time that a teacher adds to a PIAD step at full widths, compared with a forward pass without gradients."""
     model, super_network = make_model(args, device), make_elastic(make_model(args, device))
-    teacher = Teacher(make_model(args, device), "logits")
     batch = random_batch(model, args.batch_size, device)
-    distillation = Distillation(teacher, "soft", 0.5, 1.0)
-    step = Step(super_network, batch, device, full_widths(model), lambda *seen: distillation(F.cross_entropy, *seen))
+    step = Step(super_network, batch, device, full_widths(model), loss_with_teacher(make_model(args, device)))
     base = Step(super_network, batch, device, full_widths(model))
     forward = partial(torch.inference_mode()(model.eval()), batch[0])
     work = {"step": step, "base": base, "forward": forward}

@@ -6,16 +6,36 @@ B images, N tokens, D embedding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import Backbone
+from models.backbone import Backbone, blocks_of, modules_of
 from models.targets import outputs_of
 from utils import UserError
 
 DISTILLATION_TYPES = ("none", "soft", "hard")  # DeiT's
+BLOCKS = 4  # after which tokens are compared, spread over the depth; the last block is one of them
+
+
+class BlockTokens:
+    """Keeps the tokens after BLOCKS blocks of a model from its last forward pass."""
+
+    def __init__(self, model: Backbone):
+        self.kept: dict[str, Tensor] = {}
+        blocks = blocks_of(model)
+        for number in sorted({-(-len(blocks) * part // BLOCKS) for part in range(1, BLOCKS + 1)}):
+            blocks[number - 1].register_forward_hook(partial(self._keep, f"block {number}"))
+
+    def _keep(self, name: str, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.kept[name] = output
+
+    def take(self) -> dict[str, Tensor]:
+        """name -> tokens (B, N, D), of a Swin (B, H, W, D); they are not kept any longer."""
+        taken, self.kept = self.kept, {}
+        return taken
 
 
 class Teacher:
@@ -28,10 +48,12 @@ class Teacher:
         model: The network, on its device. It is changed in place.
         target: What it gives, see models.targets.
         amp: dtype of autocast, None for float32.
+        tokens: Whether it also gives the tokens after BLOCKS of its blocks.
     """
 
-    def __init__(self, model: Backbone, target: str, amp: torch.dtype | None = None):
+    def __init__(self, model: Backbone, target: str, amp: torch.dtype | None = None, tokens: bool = False):
         self.model, self.target, self.amp = model.eval().requires_grad_(False), target, amp
+        self.tokens = BlockTokens(model) if tokens else None
         for layer in model.modules() if amp is not None else ():
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 layer.to(amp)
@@ -41,13 +63,15 @@ class Teacher:
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """The outputs for images (B, C, height, width) by name, see models.targets.outputs_of()."""
         with torch.autocast(images.device.type, dtype=self.amp, enabled=self.amp is not None):
-            return self.run(self.model, images, self.target)
+            outputs = self.run(self.model, images, self.target)
+        return outputs | (self.tokens.take() if self.tokens else {})
 
 
-def check_teacher(teacher: Backbone, model: Backbone, target: str, source: str) -> None:
+def check_teacher(teacher: Backbone, model: Backbone, target: str, source: str, tokens: bool = False) -> None:
     """Raises UserError unless teacher and model give outputs of the same shapes for images of the model's size.
 
-    source: where the teacher comes from, in words. Both are on the CPU and in eval mode.
+    source: where the teacher comes from, in words.  tokens: whether those after the blocks are compared as well.
+    Both are on the CPU and in eval mode.
     """
     images = torch.zeros(1, model.in_chans, *model.patch_embed.img_size)
     if (teacher.in_chans, *teacher.patch_embed.img_size) != tuple(images.shape[1:]):
@@ -62,18 +86,26 @@ def check_teacher(teacher: Backbone, model: Backbone, target: str, source: str) 
         if given[name].shape != output.shape:
             shapes = tuple(given[name].shape[1:]), tuple(output.shape[1:])
             raise UserError(f"{source} gives {name} of shape {shapes[0]}, the model {shapes[1]}: give another teacher")
+    blocks = [[(module.dim, module.tokens) for module in modules_of(network).values()] for network in (teacher, model)]
+    if tokens and blocks[0] != blocks[1]:
+        raise UserError(
+            f"{source} has other blocks than the model, so their tokens cannot be compared: leave "
+            "--distillation-tokens out, or give another teacher"
+        )
 
 
 class StudentOutputs(nn.Module):
-    """Runs a model for the targets "features" and "tokens"; its parameters are the model's."""
+    """Runs a model that learns from a Teacher; its parameters are the model's. target, tokens: as of the Teacher."""
 
-    def __init__(self, model: Backbone, target: str):
+    def __init__(self, model: Backbone, target: str, tokens: bool = False):
         super().__init__()
         self.model, self.target = model, target
+        self.tokens = BlockTokens(model) if tokens else None
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """images (B, C, height, width) -> outputs by name, see models.targets.outputs_of()."""
-        return outputs_of(self.model, images, self.target)
+    def forward(self, images: Tensor) -> dict[str, Tensor | tuple[Tensor, ...]]:
+        """images (B, C, height, width) -> outputs by name, as the Teacher gives them; of two heads, both logits."""
+        outputs = outputs_of(self.model, images, self.target)
+        return outputs | (self.tokens.take() if self.tokens else {})
 
 
 class Distillation:
@@ -83,32 +115,44 @@ class Distillation:
     hard: the cross-entropy with the class that the teacher predicts. For the targets "features" and "tokens" it is
     distance(). Of a model with two heads (the distilled DeiT), the class head learns from the labels, and the other
     from the teacher; with alpha 1, which uses no labels, both learn from the teacher.
+    tokens: weight of the mean distance() of the tokens after BLOCKS blocks, which is added to that.
     """
 
-    def __init__(self, teacher: Teacher, kind: str, alpha: float, tau: float):
-        self.teacher, self.kind, self.alpha, self.tau = teacher, kind, alpha, tau
+    def __init__(self, teacher: Teacher, kind: str, alpha: float, tau: float, tokens: float = 0.0):
+        self.teacher, self.kind, self.alpha, self.tau, self.tokens = teacher, kind, alpha, tau, tokens
 
     def __call__(
         self,
         loss_fn: Callable[[Tensor, Tensor], Tensor],
-        outputs: Tensor | tuple[Tensor, ...] | dict[str, Tensor],
+        outputs: dict[str, Tensor | tuple[Tensor, ...]],
         images: Tensor,
         targets: Tensor,
     ) -> Tensor:
         """The loss of a step.
 
-        loss_fn: of the labels.  outputs: of the student: logits (B, classes), those of two heads, or features and
-        tokens by name.  images: what the student was given, (B, C, height, width).
-        targets: (B,) or (B, classes); not used with alpha 1.
+        loss_fn: of the labels.  outputs: of the student, see StudentOutputs.  images: what the student was given,
+        (B, C, height, width).  targets: (B,) or (B, classes); not used with alpha 1.
         """
         expected = self.teacher(images)
-        if isinstance(outputs, dict):
-            return sum(distance(outputs[name], expected[name]) for name in outputs) / len(outputs)
+        distances = {name: distance(outputs[name], expected[name]) for name in outputs if name != "logits"}
+        of_blocks = [distances.pop(name) for name in [*distances] if name.startswith("block")]
+        loss = sum(distances.values()) / len(distances) if distances else 0.0
+        if "logits" in outputs:
+            loss = self.of_logits(loss_fn, outputs["logits"], expected["logits"], targets)
+        return loss + self.tokens * sum(of_blocks) / len(of_blocks) if of_blocks else loss
+
+    def of_logits(
+        self,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        outputs: Tensor | tuple[Tensor, ...],
+        expected: Tensor,
+        targets: Tensor,
+    ) -> Tensor:
+        """DeiT's loss. outputs: logits (B, classes), or those of two heads.  expected: the teacher's."""
         heads = outputs if isinstance(outputs, tuple) else (outputs,)
         if self.alpha == 1:
-            return sum(self.from_teacher(logits, expected["logits"]) for logits in heads) / len(heads)
-        taught = self.from_teacher(heads[-1], expected["logits"])
-        return (1 - self.alpha) * loss_fn(heads[0], targets) + self.alpha * taught
+            return sum(self.from_teacher(logits, expected) for logits in heads) / len(heads)
+        return (1 - self.alpha) * loss_fn(heads[0], targets) + self.alpha * self.from_teacher(heads[-1], expected)
 
     def from_teacher(self, logits: Tensor, expected: Tensor) -> Tensor:
         """The distance of logits from the teacher's, both (B, classes)."""

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import DIGITS, TRAIN, Road, assert_same, run
+from programs import CLASSES, DIGITS, MODEL_KWARGS, NAME, TRAIN, Road, assert_same, run, save_subnetwork
 from test_families import FAMILIES, some_widths
 from test_unlabelled import encoder, no_labels, photos, unlabelled  # noqa: F401 fixtures
 from timm.utils import AverageMeter
 from tiny import SHAPE, draw_parameters, random_backbone, random_data
 from torch import Tensor
 
+from datasets import preprocessing
 from engine import train_one_epoch
 from files import load_checkpoint
-from models.backbone import create_backbone
+from models.backbone import blocks_of, create_backbone
 from models.elastic import make_elastic, set_widths
 from piad.distillation import Distillation, StudentOutputs, Teacher, check_teacher, distance
 from training import Training
@@ -64,7 +65,7 @@ def test_deits_loss(kind: str, tau: float, alpha: float, heads: int):
     logits = tuple(torch.randn(5, 7, dtype=torch.float64) for _ in range(heads))
     base = lambda found, labels: found.sum() * labels.sum()  # noqa: E731
     loss = Distillation(Teacher(model, "logits"), kind, alpha, tau)(
-        never if alpha == 1 else base, logits if heads > 1 else logits[0], images, targets
+        never if alpha == 1 else base, {"logits": logits if heads > 1 else logits[0]}, images, targets
     )
     with torch.no_grad():
         expected = [reference(own, model(images), kind, tau) for own in logits]
@@ -77,6 +78,23 @@ def test_the_distance_of_tokens_is_relative_to_their_length():
     assert distance(expected * 1.5, expected).item() == pytest.approx(0.25)
     assert distance(expected + torch.tensor([[[0.0, 5.0], [0.0, 0.0]]]), expected).item() == pytest.approx(0.5)
     assert distance(expected, torch.zeros(1, 2, 2)).isfinite()
+
+
+@pytest.mark.parametrize(("depth", "numbers"), [(12, [3, 6, 9, 12]), (6, [2, 3, 5, 6]), (4, [1, 2, 3, 4]), (2, [1, 2])])
+def test_tokens_are_compared_after_four_blocks(depth: int, numbers: list[int]):
+    images, targets = random_data(3)
+    whole, model = (random_backbone(depth=depth, seed=seed) for seed in range(2))
+    outputs = StudentOutputs(model, "logits", tokens=True)(images)
+    assert [*outputs] == ["logits", *(f"block {number}" for number in numbers)]
+    tokens, wanted = model._pos_embed(model.patch_embed(images)), whole._pos_embed(whole.patch_embed(images))
+    expected = []
+    for number, (block, other) in enumerate(zip(model.blocks, whole.blocks, strict=True), 1):
+        tokens, wanted = block(tokens), other(wanted)
+        if number in numbers:
+            expected.append(((tokens - wanted).square().sum(-1) / wanted.square().sum(-1)).mean().item())
+    kl = Distillation(Teacher(whole, "logits"), "soft", 1.0, 1.0)(never, {"logits": outputs["logits"]}, images, targets)
+    loss = Distillation(Teacher(whole, "logits", tokens=True), "soft", 1.0, 1.0, 3.0)(never, outputs, images, targets)
+    assert loss.item() == pytest.approx(kl.item() + 3 * sum(expected) / len(expected), rel=1e-5)
 
 
 def test_the_teacher_in_half_precision_gives_what_autocast_gives():
@@ -115,14 +133,16 @@ def test_every_family_learns_from_its_whole_network(family: str):
         model.patch_embed.register_forward_pre_hook(lambda _m, inputs, kept=given: kept.append(inputs[0]))
         training = Training(
             model, torch.optim.SGD(model.parameters(), lr=1e-3), never, CPU, 0, labels=False,
-            distillation=Distillation(Teacher(whole, target), "soft", 1.0, 1.0),
-            runner=model if target == "logits" else StudentOutputs(model, target),
+            distillation=Distillation(Teacher(whole, target, tokens=True), "soft", 1.0, 1.0, tokens=2.0),
+            runner=StudentOutputs(model, target, tokens=True),
             mixup=lambda x, y: (x + x.flip(0), y), grad_checkpointing=True,
         )  # fmt: skip
         losses, start = AverageMeter(), model.patch_embed.proj.weight.clone()
         train_one_epoch(training, [(images, None)], 0, steps=1, losses=losses)
         assert losses.avg > 0 and not torch.equal(model.patch_embed.proj.weight, start)
         assert all(torch.equal(x, images + images.flip(0)) for x in given) and len(given) == 2
+        *_, last = training.runner(images)
+        assert last == f"block {len(blocks_of(model))}" and not training.runner.tokens.kept
         assert not any(p.requires_grad or p.grad is not None for p in whole.parameters())
         assert_same(dict(whole.state_dict()), before)
 
@@ -142,7 +162,8 @@ def lines_of(folder: Path) -> list[dict]:
 
 def test_piad_on_photos_alone(road: Road, photos: Path, tmp_path: Path, no_labels: None):  # noqa: F811
     """No label is touched; the table stays; the best epoch is that of the least KL; a resumed run is the same."""
-    flags = piad(road, *unlabelled(photos), *ALONE, "--op-code-sampling", "log-macs", "--epochs", 3, "--ema-decay", 0.5)
+    flags = piad(road, *unlabelled(photos), *ALONE, "--distillation-tokens", 1, "--op-code-sampling", "log-macs",
+                 "--epochs", 3, "--ema-decay", 0.5)  # fmt: skip
     run(*flags, "--amp", "--output-dir", tmp_path / "a")
     state = load_checkpoint(tmp_path / "a/checkpoint_2.pth")
     table = {key: value for key, value in json.loads(road.mask_table.read_text()).items() if key != "meta"}
@@ -213,6 +234,8 @@ PHOTOS = ["--data-set", "images", "--data-path", "PHOTOS"]
         ([*TEACH, "--teacher-path", "PEELABLE"], "--teacher-model self is the network itself"),
         ([*TEACH, *PHOTOS], "--data-set images has no labels, which --stage piad needs: .* --distillation-alpha 1"),
         (["--progressive-epochs", "50", *ALONE, *PHOTOS], "--progressive-epochs 50 grows the mask table .* give 0"),
+        (["--distillation-tokens", "1"], "--distillation-tokens 1 needs a teacher"),
+        (["--teacher-path", "DEEPER", *TEACH[2:], "--distillation-tokens", "1"], "the teacher .* has other blocks"),
         (["--regime", "layer"], "--progressive-epochs 0 is for --regime piad, not layer"),
         (["--progressive-epochs", "3", "--compensate"], "--compensate: a mask table that grows"),
         (["--torchcompile"], "--torchcompile: piad trains another network at each step"),
@@ -229,6 +252,12 @@ def test_what_does_not_fit_is_one_line(
     other = tmp_path / "other"
     places = {"PEELABLE": road.peelable, "PEELED": road.peeled, "PHOTOS": photos, "OTHER": other,
               "PRETRAINED": road.pretrained / "checkpoint_3.pth"}  # fmt: skip
+    if "DEEPER" in flags:
+        kwargs = {**MODEL_KWARGS, "num_classes": CLASSES, "depth": MODEL_KWARGS["depth"] + 1}
+        model, places["DEEPER"] = create_backbone(NAME, **kwargs), tmp_path / "deeper"
+        save_subnetwork(
+            tmp_path / "deeper", model, name=NAME, model_kwargs=kwargs, preprocessing=preprocessing(model, {})
+        )
     if "OTHER" in flags:
         run("reparam.py", *unlabelled(photos), *encoder, "--no-eval", "--output-dir", other)
         places["OTHER"] = other / "contracted.safetensors"
