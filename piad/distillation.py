@@ -5,7 +5,7 @@ B images, N tokens, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -134,12 +134,12 @@ class Distillation:
         (B, C, height, width).  targets: (B,) or (B, classes); not used with alpha 1.
         """
         expected = self.teacher(images)
-        distances = {name: distance(outputs[name], expected[name]) for name in outputs if name != "logits"}
-        of_blocks = [distances.pop(name) for name in [*distances] if name.startswith("block")]
-        loss = sum(distances.values()) / len(distances) if distances else 0.0
+        blocks = {name for name in outputs if name.startswith("block")}
         if "logits" in outputs:
             loss = self.of_logits(loss_fn, outputs["logits"], expected["logits"], targets)
-        return loss + self.tokens * sum(of_blocks) / len(of_blocks) if of_blocks else loss
+        else:
+            loss = mean_distance(outputs, expected, outputs.keys() - blocks)
+        return loss + self.tokens * mean_distance(outputs, expected, blocks) if blocks else loss
 
     def of_logits(
         self,
@@ -172,3 +172,8 @@ def distance(found: Tensor, expected: Tensor) -> Tensor:
     found, expected = found.float(), expected.float()
     lengths = expected.square().sum(-1).clamp(min=1e-12)
     return ((found - expected).square().sum(-1) / lengths).mean()
+
+
+def mean_distance(found: dict[str, Tensor], expected: dict[str, Tensor], names: Iterable[str]) -> Tensor:
+    """The mean distance() of the outputs of these names."""
+    return torch.stack([distance(found[name], expected[name]) for name in sorted(names)]).mean()

@@ -20,8 +20,9 @@ class Recipe:
 
     alpha: share of the teacher in the loss, the rest is that of the labels.  tau: temperature of the teacher.
     distance: from the teacher, "kl", "squared" (error of the logits), or "features" (KL divergence, and the squared
-    error of the tokens after the last norm).  compensated: sub-networks are compensated in training.
-    law: of the op codes, "log" (uniform in the logarithm of the MACs) or "uniform".
+    error of the tokens after the last norm).  tokens: main.py's --distillation-tokens.
+    compensated: sub-networks are compensated in training.  law: of the op codes, "log" (uniform in the logarithm of the
+    MACs) or "uniform".
     sandwich: each step trains the whole network, the smallest, and one between; there are fewer steps, so that the MACs
     are the same.  table: "best", the one of the start, or "piad", made from its importance.  growing: the first half of
     the epochs opens the table bit by bit.  lr: times that of the flags.  passes: the network is contracted and
@@ -32,6 +33,7 @@ class Recipe:
     alpha: float = 0.5
     tau: float = 1.0
     distance: str = "kl"
+    tokens: float = 0.0
     compensated: bool = True
     law: str = "log"
     sandwich: bool = False
@@ -56,6 +58,8 @@ RECIPES = {
     "tau 2": replace(BASE, tau=2.0),
     "squared error of the logits": replace(BASE, distance="squared"),
     "with the features": replace(BASE, distance="features"),
+    "tokens of four blocks, 1": replace(BASE, tokens=1.0),
+    "tokens of four blocks, 4": replace(BASE, tokens=4.0),
     "cut": replace(BASE, compensated=False),
     "uniform op codes": replace(BASE, law="uniform"),
     "three sizes per step": replace(BASE, sandwich=True),

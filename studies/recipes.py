@@ -34,7 +34,7 @@ from main_arguments import parse_main_arguments
 from main_training import augmentation, start_training
 from models.backbone import Backbone
 from models.elastic import make_elastic, make_plain, set_widths
-from piad.distillation import divergence
+from piad.distillation import BlockTokens, divergence, mean_distance
 from studies.choices import RECIPES, Codes, Recipe
 from studies.common import Results, facts_of, model_and_data_flags, parse_training_arguments
 from supernet import Network
@@ -57,6 +57,7 @@ class Study:
         self.images, val = open_splits(args.data_set, args.data_path, index=args.index)
         self.start = self.open(compensated=False)
         self.teacher = self.start.model.eval().requires_grad_(False)
+        self.teacher_blocks = BlockTokens(self.teacher)
         loader = eval_loader(val, self.start.preprocessing, batch_size=500, workers=args.workers)
         self.val = [(x.to(self.device), y.to(self.device)) for x, y in loader]
         self.expected = [logits_of(self.teacher, images) for images, _ in self.val]
@@ -132,6 +133,7 @@ class Study:
         scheduler, _ = create_scheduler_v2(
             training.optimizer, num_epochs=max(1, round(epochs)), min_lr=settings.min_lr, warmup_epochs=0
         )
+        self.blocks = BlockTokens(model)
         codes = Codes(network, recipe, self.proxy(seed), epochs, self.args.dropout_ratio, seed)
         model.train()
         for step in progress_bar(steps, "training"):
@@ -158,12 +160,17 @@ class Study:
         if training.mixup is not None:
             images, targets = training.mixup(images.clone(), targets)  # it mixes in place
             expected = self.tokens(images)
+        if recipe.tokens:
+            self.tokens(images)
+            expected_blocks = self.teacher_blocks.take()
         training.optimizer.zero_grad()
         for widths in drawn:
             set_widths(training.model, widths)
             tokens = training.model.forward_features(images)
             logits = training.model.forward_head(tokens)
             loss = recipe.alpha * distance(recipe, tokens, logits, expected, self.teacher.forward_head(expected))
+            if recipe.tokens:
+                loss = loss + recipe.tokens * mean_distance(self.blocks.take(), expected_blocks, expected_blocks)
             if recipe.alpha < 1:
                 loss = loss + (1 - recipe.alpha) * training.loss_fn(logits, targets)
             (loss / len(drawn)).backward()

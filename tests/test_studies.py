@@ -245,6 +245,7 @@ def test_recipes_are_trained_once(labels: bool, contracted: Path, tmp_path: Path
         "two passes",
         "with the features",
         "Mixup 0.2",
+        "tokens of four blocks, 4",
     ]
     words = ["--name", "tiny", *DIGITS, "--checkpoint", contracted, "--epochs", 2, "--draws", 0, "--shares", 0.5, 1.0]
     words += [
