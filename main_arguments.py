@@ -151,8 +151,9 @@ def _add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
         type=decimal,
         default=0.0,
         metavar="X",
-        help="weight of the squared distance between the tokens and the teacher's after four blocks, relative to their "
-        "length, which is added to the loss; the teacher must have the same blocks (default: %(default)s)",
+        help="also learn the teacher's tokens: after four of the blocks, the squared distance from them, relative to "
+        "their length, is added to the loss with this weight; the teacher must have the same number and size of blocks "
+        "(default: %(default)s)",
     )
 
 

@@ -200,7 +200,7 @@ def start_training(
 
 
 def use_plain_attention(model: nn.Module) -> None:
-    """Makes attention run as separate products: backwards, PyTorch's fused one is slow in half precision on a CPU."""
+    """Turns fused attention off: its backward pass in PyTorch is slow in half precision on a CPU."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False

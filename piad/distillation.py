@@ -17,11 +17,11 @@ from models.targets import outputs_of
 from utils import UserError
 
 DISTILLATION_TYPES = ("none", "soft", "hard")  # DeiT's
-BLOCKS = 4  # after which tokens are compared, spread over the depth; the last block is one of them
+BLOCKS = 4  # how many blocks have their tokens compared; spread over the depth, the last block included
 
 
 class BlockTokens:
-    """Keeps the tokens after BLOCKS blocks of a model from its last forward pass."""
+    """Keeps what BLOCKS blocks of a model returned in its last forward pass."""
 
     def __init__(self, model: Backbone):
         self.kept: dict[str, Tensor] = {}
@@ -33,7 +33,7 @@ class BlockTokens:
         self.kept[name] = output
 
     def take(self) -> dict[str, Tensor]:
-        """name -> tokens (B, N, D), of a Swin (B, H, W, D); they are not kept any longer."""
+        """Returns name -> tokens (B, N, D), or (B, H, W, D) of a Swin, and lets go of them."""
         taken, self.kept = self.kept, {}
         return taken
 
@@ -95,7 +95,10 @@ def check_teacher(teacher: Backbone, model: Backbone, target: str, source: str, 
 
 
 class StudentOutputs(nn.Module):
-    """Runs a model that learns from a Teacher; its parameters are the model's. target, tokens: as of the Teacher."""
+    """Runs a model that learns from a Teacher; its parameters are the model's.
+
+    target, tokens: what it returns, the same as the Teacher's.
+    """
 
     def __init__(self, model: Backbone, target: str, tokens: bool = False):
         super().__init__()
@@ -103,7 +106,10 @@ class StudentOutputs(nn.Module):
         self.tokens = BlockTokens(model) if tokens else None
 
     def forward(self, images: Tensor) -> dict[str, Tensor | tuple[Tensor, ...]]:
-        """images (B, C, height, width) -> outputs by name, as the Teacher gives them; of two heads, both logits."""
+        """images (B, C, height, width) -> outputs by name, as from the Teacher.
+
+        In training, a model with two heads (the distilled DeiT) returns the logits of both.
+        """
         outputs = outputs_of(self.model, images, self.target)
         return outputs | (self.tokens.take() if self.tokens else {})
 

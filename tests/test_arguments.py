@@ -121,7 +121,7 @@ def test_training_without_mixup_smooths_labels(monkeypatch: pytest.MonkeyPatch):
 def test_half_precision_on_a_cpu_trains_without_fused_attention(
     monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], fused: bool
 ):
-    """PyTorch's is slow there. The same attention is not fused in the averaged weights."""
+    """PyTorch's fused attention is slow there. The averaged weights run in the same way."""
     training = main.start_training(parsed(monkeypatch, *flags), tiny_digits_model(), 10, torch.device("cpu"))
     blocks = [*training.model.blocks, *training.ema.module.blocks]
     assert {block.attn.fused_attn for block in blocks} == {fused}
