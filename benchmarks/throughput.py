@@ -5,8 +5,9 @@
 
 Each of WORK is measured in a new process: the step of timm's own model, that of the super-network at all of its MACs
 and at half of them, the latter with a teacher too, and evaluation without gradients. Weights and images are random and
-on the device already, so loading is not in the figures. Memory is that of the process beyond the libraries on the CPU,
-that of the allocator on CUDA: weights, gradients, AdamW's moments and activations, at their peak.
+on the device already, so loading is not in the figures. On a CPU in half precision, no step fuses attention, as in
+main.py. Memory is that of the process beyond the libraries on the CPU, that of the allocator on CUDA: weights,
+gradients, AdamW's moments and activations, at their peak.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from benchmarks.common import (
 )
 from benchmarks.sizes import half_widths
 from benchmarks.training import Step, loss_with_teacher
+from main_training import use_plain_attention
 from models.backbone import full_widths
 from models.elastic import make_elastic
 from supernet.timing import time_alternately
@@ -69,6 +71,8 @@ def work_of(args: argparse.Namespace, name: str, device: torch.device) -> Callab
     batch = random_batch(model, args.batch_size, device)
     if name == "evaluation":
         return partial(torch.inference_mode()(model.eval()), batch[0])
+    if device.type == "cpu" and args.amp != torch.float32:
+        use_plain_attention(model)
     if name == "timm's step":
         return Step(model, batch, device)
     loss_fn = None
