@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -204,8 +205,6 @@ def train_one_epoch(
     for step, (images, targets) in enumerate(bar, start_step):
         # Seeded by the step, so that Mixup, dropout and drop path draw the same in a resumed run.
         seed_everything(training.seed, epoch, step, rank)
-        op_code = regime.choose(epoch=epoch, step=step, rank=rank) if regime else 0
-        scalars = {"op_code": op_code} | (regime.step_scalars() if regime else {})
         images = images.to(training.device, non_blocking=True)
         if training.labels:
             targets = targets.to(training.device, non_blocking=True)
@@ -213,9 +212,14 @@ def train_one_epoch(
             targets = torch.zeros(len(images), dtype=torch.long, device=training.device)
         if training.mixup is not None:
             images, targets = training.mixup(images, targets)
-        reader.add(step, len(images), scalars, _backward(training, images, targets))
+        sizes = [lambda: 0]
+        if regime:
+            place = {"epoch": epoch, "step": step, "rank": rank}
+            sizes = [partial(regime.choose, **place, number=number) for number in range(regime.sizes_per_step)]
+        loss, op_codes = _backward(training, images, targets, sizes)
+        reader.add(step, len(images), op_codes, regime.step_scalars() if regime else {}, loss)
         _update(training, epoch * steps + step)
-        bar.set_postfix(loss=f"{losses.avg:.3f}", op_code=op_code, refresh=False)
+        bar.set_postfix(loss=f"{losses.avg:.3f}", op_code=op_codes[-1], refresh=False)
         if after_step:
             after_step(step, reader.read)
     reader.read()
@@ -223,20 +227,28 @@ def train_one_epoch(
         training.model.set_grad_checkpointing(False)
 
 
-def _backward(training: Training, images: Tensor, targets: Tensor) -> Tensor:
-    """Gradients of the mean loss over a batch, which goes through the model in parts; returns the loss, detached."""
+def _backward(
+    training: Training, images: Tensor, targets: Tensor, sizes: list[Callable[[], int]]
+) -> tuple[Tensor, list[int]]:
+    """Gradients of the mean loss over a batch, which goes in parts through the model at each of the sizes.
+
+    sizes: functions that set the model to a size and return its op code. Returns the loss, detached, and the op codes.
+    """
     training.optimizer.zero_grad()
-    size = -(-len(images) // training.grad_accum_steps)
-    parts = list(zip(images.split(size), targets.split(size), strict=True))
-    total = torch.zeros((), device=images.device)
-    for number, part in enumerate(parts, 1):
-        # Ranks exchange the gradients of the whole batch, with its last part.
-        alone = number < len(parts) and hasattr(training.runner, "no_sync")
-        with training.runner.no_sync() if alone else nullcontext():
-            loss = training.loss(*part) * (len(part[0]) / len(images))
-            (training.scaler.scale(loss) if training.scaler else loss).backward()
-        total = loss.detach() if len(parts) == 1 else total + loss.detach()
-    return total
+    length = -(-len(images) // training.grad_accum_steps)
+    parts = list(zip(images.split(length), targets.split(length), strict=True))
+    losses, op_codes, runs = [], [], len(parts) * len(sizes)
+    for part in parts:
+        expected = training.expected(part[0])
+        for choose in sizes:
+            op_codes.append(choose())
+            # Ranks exchange the gradients of the whole batch, with its last part and size.
+            alone = len(op_codes) < runs and hasattr(training.runner, "no_sync")
+            with training.runner.no_sync() if alone else nullcontext():
+                loss = training.loss(*part, expected) * (len(part[0]) / len(images) / len(sizes))
+                (training.scaler.scale(loss) if training.scaler else loss).backward()
+            losses.append(loss.detach())
+    return torch.stack(losses).sum(), op_codes[: len(sizes)]
 
 
 def _update(training: Training, step: int) -> None:

@@ -222,6 +222,7 @@ def start_piad(
         table=table,
         sampling=args.op_code_sampling,
         per_rank=args.op_code_per_rank,
+        sizes_per_step=args.sizes_per_step,
     )
 
 

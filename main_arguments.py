@@ -109,6 +109,14 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
         "small networks more often (default: %(default)s)",
     )
     group.add_argument(
+        "--sizes-per-step",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="op codes that a step trains on the same images, from small to large; more of them learn more from as "
+        "many images, in as much more time (default: %(default)s)",
+    )
+    group.add_argument(
         "--op-code-per-rank",
         action="store_true",
         help="each process draws an op code of its own, as in the paper (default: one for all, so that none waits)",

@@ -68,6 +68,8 @@ def check_flags(args: argparse.Namespace) -> None:
             "--compensate: a mask table that grows is for sub-networks as they are cut: give --progressive-epochs 0, "
             "or leave --compensate out"
         )
+    if args.sizes_per_step > 1 and args.regime != "piad":
+        raise UserError(f"--sizes-per-step {args.sizes_per_step} is for --regime piad, not {args.regime}: give 1")
     if args.progressive_epochs == 0 and args.regime != "piad":
         raise UserError(f"--progressive-epochs 0 is for --regime piad, not {args.regime}: give 1 or more")
     if args.progressive_epochs > 0 and not uses_labels(args):

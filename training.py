@@ -15,6 +15,7 @@ from timm.utils import AverageMeter, ModelEmaV3
 from torch import Tensor, nn
 
 from files import shown
+from piad.distillation import Distillation
 from utils import UserError, gather_over_ranks, world
 
 
@@ -36,7 +37,7 @@ class Training:
 
     model: the network.  amp: dtype of autocast, None = off.
     labels: whether the loss needs any; zeros stand for them otherwise.
-    distillation(loss_fn, outputs, images, targets): the loss where there is a teacher, see piad.distillation.
+    distillation: the loss where there is a teacher.
     runner: what a step calls with images (default: the model), such as the model wrapped in DDP.
     grad_accum_steps: parts in which the batch of a step goes through the model.
     grad_checkpointing: compute the activations of the blocks again for the backward pass instead of keeping them.
@@ -53,7 +54,7 @@ class Training:
     mixup: Mixup | None = None
     clip_grad: float | None = None
     labels: bool = True
-    distillation: Callable[..., Tensor] | None = None
+    distillation: Distillation | None = None
     runner: nn.Module | None = None
     grad_accum_steps: int = 1
     grad_checkpointing: bool = False
@@ -62,12 +63,19 @@ class Training:
     def __post_init__(self) -> None:
         self.runner = self.runner or self.model
 
-    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The loss of images (B, C, height, width) with targets (B,) or, from Mixup, (B, classes)."""
+    def expected(self, images: Tensor) -> dict[str, Tensor] | None:
+        """What the teacher gives for images (B, C, height, width); None without one."""
+        return None if self.distillation is None else self.distillation.teacher(images)
+
+    def loss(self, images: Tensor, targets: Tensor, expected: dict[str, Tensor] | None) -> Tensor:
+        """The loss of images (B, C, height, width) with targets (B,) or, from Mixup, (B, classes).
+
+        expected: see expected(), of the same images.
+        """
         with self.autocast():
             outputs = self.runner(images)
             if self.distillation is not None:
-                return self.distillation(self.loss_fn, outputs, images, targets)
+                return self.distillation(self.loss_fn, outputs, expected, targets)
             return self.loss_fn(outputs, targets)
 
     def autocast(self) -> torch.autocast:
@@ -117,34 +125,34 @@ class LossReader:
         after_loss: Callable[[int, dict[str, float]], None] | None,
     ):
         self.training, self.epoch, self.losses, self.after_loss = training, epoch, losses, after_loss
-        self.waiting: deque[tuple[int, int, dict[str, float], Tensor, torch.cuda.Event | None]] = deque()
+        self.waiting: deque[tuple[int, int, list[int], dict[str, float], Tensor, torch.cuda.Event | None]] = deque()
 
-    def add(self, step: int, images: int, scalars: dict[str, float], loss: Tensor) -> None:
-        """The mean loss of a step over its images, and what else is logged for it."""
+    def add(self, step: int, images: int, op_codes: list[int], scalars: dict[str, float], loss: Tensor) -> None:
+        """The mean loss of a step over its images and op codes, and what else is logged for it."""
         event = None
         if loss.is_cuda:
             loss = loss.to("cpu", non_blocking=True)  # to pinned memory: the copy does not stop the device
             event = torch.cuda.Event()
             event.record()
-        self.waiting.append((step, images, scalars, loss, event))
+        self.waiting.append((step, images, op_codes, scalars, loss, event))
         self.read(keep=self.LATE if event else 0)
 
     def read(self, keep: int = 0) -> None:
         """Reads all losses but the last `keep`. Raises UserError for one that is not finite."""
         while len(self.waiting) > keep:
-            step, images, scalars, loss, event = self.waiting.popleft()
+            step, images, op_codes, scalars, loss, event = self.waiting.popleft()
             if event is not None:
                 event.synchronize()
             value = loss.item()
             if not math.isfinite(value):
-                lr = self.training.optimizer.param_groups[0]["lr"]
+                lr, sizes = self.training.optimizer.param_groups[0]["lr"], ", ".join(map(str, op_codes))
                 raise UserError(
-                    f"loss is {value} at epoch {self.epoch}, step {step}, op code {scalars['op_code']}, learning rate "
+                    f"loss is {value} at epoch {self.epoch}, step {step}, op code {sizes}, learning rate "
                     f"{lr:.3g}: training stops, the last checkpoint is kept; try a lower --lr"
                 )
             self.losses.update(value, images)
             if self.after_loss:
-                self.after_loss(step, {"loss": value} | scalars)
+                self.after_loss(step, {"loss": value, "op_code": op_codes[-1]} | scalars)
 
 
 @contextlib.contextmanager

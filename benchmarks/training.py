@@ -181,7 +181,9 @@ def measure_step(args: argparse.Namespace, device: torch.device) -> list[Row]:
 def loss_with_teacher(teacher: VisionTransformer) -> Callable[..., Tensor]:
     """A loss_fn of Step: half of it from the labels, half from the teacher."""
     distillation = Distillation(Teacher(teacher, "logits"), "soft", 0.5, 1.0)
-    return lambda logits, images, targets: distillation(F.cross_entropy, {"logits": logits}, images, targets)
+    return lambda logits, images, targets: distillation(
+        F.cross_entropy, {"logits": logits}, distillation.teacher(images), targets
+    )
 
 
 def measure_teacher(args: argparse.Namespace, device: torch.device) -> list[Row]:

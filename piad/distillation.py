@@ -131,15 +131,14 @@ class Distillation:
         self,
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         outputs: dict[str, Tensor | tuple[Tensor, ...]],
-        images: Tensor,
+        expected: dict[str, Tensor],
         targets: Tensor,
     ) -> Tensor:
         """The loss of a step.
 
-        loss_fn: of the labels.  outputs: of the student, see StudentOutputs.  images: what the student was given,
-        (B, C, height, width).  targets: (B,) or (B, classes); not used with alpha 1.
+        loss_fn: of the labels.  outputs: of the student, see StudentOutputs.  expected: of the teacher, for the same
+        images.  targets: (B,) or (B, classes); not used with alpha 1.
         """
-        expected = self.teacher(images)
         blocks = {name for name in outputs if name.startswith("block")}
         if "logits" in outputs:
             loss = self.of_logits(loss_fn, outputs["logits"], expected["logits"], targets)

@@ -38,6 +38,7 @@ class ProgressiveDropout:
         sampling: "uniform" draws op codes uniformly, "log-macs" uniformly in the logarithm of their MACs.
         per_rank: Each rank draws its own op code. Otherwise all ranks train the same sub-network at a step, so that
             none waits for a larger one.
+        sizes_per_step: Sub-networks that a step trains on its images, each drawn from its own part of the sizes.
 
     Raises:
         UserError: If the table does not fit the model.
@@ -54,10 +55,11 @@ class ProgressiveDropout:
         table: MaskTable | None,
         sampling: str = "uniform",
         per_rank: bool = False,
+        sizes_per_step: int = 1,
     ):
         self.model, self.proxy = model, proxy
         self.ratio, self.epochs, self.seed = ratio, epochs, seed
-        self.sampling, self.per_rank = sampling, per_rank
+        self.sampling, self.per_rank, self.sizes_per_step = sampling, per_rank, sizes_per_step
         self.log_macs: list[float] = []  # of each op code, for the law that needs them
         self.units = units_of(model)
         self.network_macs = count_macs(model)
@@ -74,9 +76,13 @@ class ProgressiveDropout:
         target_macs = self.ratio * (epoch + 1) / self.epochs * self.network_macs
         self.table = grow(self.table, importance_of_dims(smallest, self.proxy), self.units, target_macs)
 
-    def choose(self, *, epoch: int, step: int, rank: int) -> int:
-        """Draws the op code of the step, sets the super-network to its widths and returns it."""
+    def choose(self, *, epoch: int, step: int, rank: int, number: int = 0) -> int:
+        """Draws an op code of the step, sets the super-network to its widths and returns it.
+
+        number: 0..sizes_per_step - 1, from small to large.
+        """
         place = {"seed": self.seed, "epoch": epoch, "step": step, "rank": rank if self.per_rank else 0}
+        place |= {"number": number, "numbers": self.sizes_per_step}
         if self.sampling == "uniform":
             op_code = draw_op_code(len(self.table), **place)
         else:

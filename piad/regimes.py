@@ -47,7 +47,7 @@ class NoDropout(ProgressiveDropout):
     def begin_epoch(self, epoch: int) -> None:
         """Does nothing: the table does not grow."""
 
-    def choose(self, *, epoch: int, step: int, rank: int) -> int:
+    def choose(self, *, epoch: int, step: int, rank: int, number: int = 0) -> int:
         """Sets the super-network to full widths.
 
         Returns 0, also in the subclasses: the sub-networks that they train have no op code.
@@ -81,7 +81,7 @@ class ChannelDropout(NoDropout):
         """Module key -> probability of each unit to be dropped (units,), head to tail."""
         return {key: torch.full((len(places) - 1,), self.share / 2) for key, places in self.edges().items()}
 
-    def choose(self, *, epoch: int, step: int, rank: int) -> int:
+    def choose(self, *, epoch: int, step: int, rank: int, number: int = 0) -> int:
         """Draws the units that the step keeps."""
         generator = self.generator(epoch, step, rank)
         for key, probability in self.probability.items():
@@ -137,7 +137,7 @@ class LayerDrop(NoDropout):
         whole_modules = dataclasses.replace(self.units, sizes=self.table.widths(0))
         return grow(self.table, importance, whole_modules, self.ratio * self.network_macs)
 
-    def choose(self, *, epoch: int, step: int, rank: int) -> int:
+    def choose(self, *, epoch: int, step: int, rank: int, number: int = 0) -> int:
         """Draws the modules that the step keeps."""
         full = self.table.widths(0)
         kept = self.generator(epoch, step, rank).random(len(full)) >= self.share / 2

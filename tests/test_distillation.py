@@ -19,9 +19,11 @@ from torch import Tensor
 from datasets import preprocessing
 from engine import train_one_epoch
 from files import load_checkpoint
-from models.backbone import blocks_of, create_backbone
+from models.backbone import blocks_of, create_backbone, full_widths
 from models.elastic import make_elastic, set_widths
 from piad.distillation import Distillation, StudentOutputs, Teacher, check_teacher, distance
+from piad.mask_table import MaskTable
+from piad.progressive import ProgressiveDropout
 from training import Training
 from utils import UserError
 
@@ -61,15 +63,15 @@ def never(*_: Tensor) -> Tensor:
 def test_deits_loss(kind: str, tau: float, alpha: float, heads: int):
     """Of two heads, the first learns from the labels, the second from the teacher; without labels, both from it."""
     images, targets = random_data(5)
-    model = random_backbone("distilled")
+    teacher = Teacher(random_backbone("distilled"), "logits")
+    expected = teacher(images)
     logits = tuple(torch.randn(5, 7, dtype=torch.float64) for _ in range(heads))
     base = lambda found, labels: found.sum() * labels.sum()  # noqa: E731
-    loss = Distillation(Teacher(model, "logits"), kind, alpha, tau)(
-        never if alpha == 1 else base, {"logits": logits if heads > 1 else logits[0]}, images, targets
+    loss = Distillation(teacher, kind, alpha, tau)(
+        never if alpha == 1 else base, {"logits": logits if heads > 1 else logits[0]}, expected, targets
     )
-    with torch.no_grad():
-        expected = [reference(own, model(images), kind, tau) for own in logits]
-    taught = sum(expected) / heads if alpha == 1 else expected[-1]
+    found = [reference(own, expected["logits"], kind, tau) for own in logits]
+    taught = sum(found) / heads if alpha == 1 else found[-1]
     assert loss.item() == pytest.approx((1 - alpha) * base(logits[0], targets).item() + alpha * taught, rel=1e-4)
 
 
@@ -92,8 +94,10 @@ def test_tokens_are_compared_after_four_blocks(depth: int, numbers: list[int]):
         tokens, wanted = block(tokens), other(wanted)
         if number in numbers:
             expected.append(((tokens - wanted).square().sum(-1) / wanted.square().sum(-1)).mean().item())
-    kl = Distillation(Teacher(whole, "logits"), "soft", 1.0, 1.0)(never, {"logits": outputs["logits"]}, images, targets)
-    loss = Distillation(Teacher(whole, "logits", tokens=True), "soft", 1.0, 1.0, 3.0)(never, outputs, images, targets)
+    teacher = Teacher(whole, "logits", tokens=True)
+    given = teacher(images)
+    kl = Distillation(teacher, "soft", 1.0, 1.0)(never, {"logits": outputs["logits"]}, given, targets)
+    loss = Distillation(teacher, "soft", 1.0, 1.0, 3.0)(never, outputs, given, targets)
     assert loss.item() == pytest.approx(kl.item() + 3 * sum(expected) / len(expected), rel=1e-5)
 
 
@@ -147,6 +151,34 @@ def test_every_family_learns_from_its_whole_network(family: str):
         assert_same(dict(whole.state_dict()), before)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_of_several_sizes_takes_the_mean_of_their_gradients(parts: int):
+    """From one call of the teacher for the images; the sizes go from small to large."""
+    images, targets = random_data(4)
+    whole, model = random_backbone(), make_elastic(random_backbone(seed=1))
+    full = full_widths(model)
+    table = MaskTable([full, {key: width // 2 for key, width in full.items()}])
+    regime = ProgressiveDropout(model, [], ratio=0.5, epochs=0, seed=0, table=table, sizes_per_step=2)
+    teacher, called = Teacher(whole, "logits"), []
+    whole.register_forward_pre_hook(lambda _m, inputs: called.append(len(inputs[0])))
+    distillation = Distillation(teacher, "soft", 0.5, 1.0)
+    base, losses = torch.nn.functional.cross_entropy, []
+    for number in range(2):
+        assert regime.choose(epoch=0, step=0, rank=0, number=number) == 1 - number
+        losses.append(distillation(base, {"logits": model(images)}, teacher(images), targets))
+    wanted = torch.autograd.grad(sum(losses) / 2, [*model.parameters()], allow_unused=True)
+    called.clear()
+    logged = AverageMeter()
+    training = Training(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), base, CPU, 0, distillation=distillation,
+        runner=StudentOutputs(model, "logits"), grad_accum_steps=parts,
+    )  # fmt: skip
+    train_one_epoch(training, [(images, targets)], 0, steps=1, losses=logged, regime=regime)
+    for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert logged.avg == pytest.approx((sum(losses) / 2).item()) and called == [4 // parts] * parts
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
@@ -163,7 +195,7 @@ def lines_of(folder: Path) -> list[dict]:
 def test_piad_on_photos_alone(road: Road, photos: Path, tmp_path: Path, no_labels: None):  # noqa: F811
     """No label is touched; the table stays; the best epoch is that of the least KL; a resumed run is the same."""
     flags = piad(road, *unlabelled(photos), *ALONE, "--distillation-tokens", 1, "--op-code-sampling", "log-macs",
-                 "--epochs", 3, "--ema-decay", 0.5)  # fmt: skip
+                 "--sizes-per-step", 2, "--epochs", 3, "--ema-decay", 0.5)  # fmt: skip
     run(*flags, "--amp", "--output-dir", tmp_path / "a")
     state = load_checkpoint(tmp_path / "a/checkpoint_2.pth")
     table = {key: value for key, value in json.loads(road.mask_table.read_text()).items() if key != "meta"}
@@ -237,6 +269,7 @@ PHOTOS = ["--data-set", "images", "--data-path", "PHOTOS"]
         (["--distillation-tokens", "1"], "--distillation-tokens 1 needs a teacher"),
         (["--teacher-path", "DEEPER", *TEACH[2:], "--distillation-tokens", "1"], "the teacher .* has other blocks"),
         (["--regime", "layer"], "--progressive-epochs 0 is for --regime piad, not layer"),
+        (["--sizes-per-step", "2", "--regime", "layer"], "--sizes-per-step 2 is for --regime piad, not layer: give 1"),
         (["--progressive-epochs", "3", "--compensate"], "--compensate: a mask table that grows"),
         (["--torchcompile"], "--torchcompile: piad trains another network at each step"),
         (["--compensate"], "--compensate: .*compensation.safetensors does not exist"),

@@ -87,7 +87,7 @@ def taught(road: Road) -> list[str]:
     """Labels and a teacher, in parts, at op codes that all ranks share."""
     return [*PIAD, "--checkpoint", str(road.peelable), "--progressive-epochs", "0", "--op-code-sampling", "log-macs",
             "--teacher-model", "self", "--distillation-type", "soft", "--grad-accum-steps", "2", "--epochs", "1",
-            "--mixup", "0", "--cutmix", "0", "--ema-decay", "0", "--opt", "sgd"]  # fmt: skip
+            "--sizes-per-step", "2", "--mixup", "0", "--cutmix", "0", "--ema-decay", "0", "--opt", "sgd"]  # fmt: skip
 
 
 def unlabelled(photos: Path) -> list[str]:

@@ -429,6 +429,24 @@ def test_op_codes_are_drawn_uniformly_in_the_logarithm_of_their_macs():
     assert draw_by_log_macs([2.0], seed=0, epoch=0, step=0, rank=0) == 0
 
 
+@pytest.mark.parametrize("law", ["uniform", "log-macs"])
+def test_several_sizes_per_step_are_drawn_each_from_its_own_part(law: str):
+    """Numbered from small to large; together they are drawn by the same law as one size per step."""
+
+    def draw(step: int, number: int) -> int:
+        place = {"seed": 0, "epoch": 0, "step": step, "rank": 0, "number": number, "numbers": 3}
+        return draw_op_code(6, **place) if law == "uniform" else draw_by_log_macs([6.0, 5, 4, 3, 2, 1], **place)
+
+    drawn = np.array([[draw(step, number) for number in range(3)] for step in range(400)])
+    parts = [{4, 5}, {2, 3}, {0, 1}] if law == "uniform" else [{3, 4, 5}, {2, 3}, {0, 1, 2}]
+    assert [{*column} for column in drawn.T.tolist()] == parts
+    shares = [1] * 6 if law == "uniform" else [0.5, 1, 1, 1, 1, 0.5]
+    expected = np.array(shares) / sum(shares) * drawn.size
+    assert stats.chisquare(np.bincount(drawn.ravel()), expected).pvalue > 1e-3
+    assert all((np.diff(row) <= 0).all() for row in drawn)
+    assert draw_op_code(1, seed=0, epoch=0, step=0, rank=0, number=1, numbers=3) == 0  # fewer sizes than that
+
+
 def test_ranks_draw_independently():
     first, second = draws(2000, rank=0), draws(2000, rank=1)
     pairs = np.histogram2d(first, second, bins=5)[0]
