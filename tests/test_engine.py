@@ -52,6 +52,8 @@ def toy_training(model: nn.Module | None = None, lr: float = 0.1, **more: Any) -
 class Chosen:
     """A regime of which only the choice matters."""
 
+    sizes_per_step = 1
+
     def __init__(self, choose: Callable[..., int]):
         self.choose = choose
 
@@ -182,7 +184,7 @@ def test_each_step_is_chosen_and_reported():
 
     losses = train(toy_training(), toy_batches(3), epoch=7, start_step=2, regime=Chosen(choose),
                    after_loss=lambda step, scalars: told.append((step, scalars)))  # fmt: skip
-    assert chosen == [{"epoch": 7, "step": step, "rank": 0} for step in (2, 3, 4)]
+    assert chosen == [{"epoch": 7, "step": step, "rank": 0, "number": 0} for step in (2, 3, 4)]
     assert [(step, scalars["op_code"]) for step, scalars in told] == [(2, 42), (3, 43), (4, 44)]
     assert sum(scalars["loss"] for _, scalars in told) / 3 == pytest.approx(losses.avg)
 
@@ -384,7 +386,7 @@ class Batches:
 class Recorder:
     """A regime that chooses nothing and writes down what it is asked."""
 
-    table = (None,)  # of one size
+    table, sizes_per_step = (None,), 1
 
     def __init__(self):
         self.begun: list[int] = []
@@ -392,7 +394,7 @@ class Recorder:
     def begin_epoch(self, epoch: int) -> None:
         self.begun.append(epoch)
 
-    def choose(self, *, epoch: int, step: int, rank: int) -> int:
+    def choose(self, **place: int) -> int:
         return 0
 
     def step_scalars(self) -> dict[str, float]:
