@@ -189,6 +189,12 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="change the learning rate after each step instead of each epoch, for runs of few epochs",
     )
+    group.add_argument(
+        "--freeze-embedding",
+        action="store_true",
+        help="leave what comes before the first block as it is, such as the embedding of patches and positions: no "
+        "sub-network cuts it, and a high learning rate does most harm there",
+    )
     group.add_argument("--weight-decay", type=decimal, default=0.05, metavar="X", help="default: %(default)s")
     group.add_argument("--clip-grad", type=decimal, metavar="X", help="largest gradient norm (default: no clipping)")
     group.add_argument("--drop-path", type=share, metavar="X", help="stochastic depth rate (default: %(default)s)")

@@ -22,6 +22,7 @@ from engine import SCORES, evaluate
 from fidelity import Evaluator
 from models.backbone import Backbone
 from models.elastic import make_plain, set_widths
+from models.parts import EMBEDDING
 from models.targets import outputs_of
 from piad.distillation import Distillation, StudentOutputs, Teacher, check_teacher
 from piad.progressive import ProgressiveDropout
@@ -150,6 +151,8 @@ def start_training(
     _, processes = world()
     if device.type == "cpu" and args.amp is not None:
         use_plain_attention(model)
+    if args.freeze_embedding:
+        freeze_embedding(model)
     images = args.batch_size * args.grad_accum_steps * processes
     lr = args.lr * images / 512
     say(
@@ -206,6 +209,13 @@ def use_plain_attention(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
+
+
+def freeze_embedding(model: nn.Module) -> None:
+    """Stops the training of everything before the first block."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(EMBEDDING):
+            parameter.requires_grad_(False)
 
 
 def wrap_runner(args: argparse.Namespace, training: Training) -> None:

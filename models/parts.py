@@ -41,6 +41,10 @@ def _layer_scale(block: nn.Module, number: str, x: Tensor) -> Tensor:
     return x if scale is None else scale(x)
 
 
+# What the names of the parameters of embed() begin with.
+EMBEDDING = ("patch_embed.", "pos_embed", "cls_token", "dist_token", "reg_token", "norm_pre.")
+
+
 def embed(model: Backbone, images: Tensor) -> Tensor:
     """Images (B, C, height, width) to the first block's input: (B, N, D), of a Swin (B, H, W, D)."""
     return _embed(model, images)[0]

@@ -21,6 +21,7 @@ from engine import train_one_epoch
 from files import load_checkpoint
 from models.backbone import blocks_of, create_backbone, full_widths
 from models.elastic import make_elastic, set_widths
+from models.parts import EMBEDDING
 from piad.distillation import Distillation, StudentOutputs, Teacher, check_teacher, distance
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
@@ -195,11 +196,14 @@ def lines_of(folder: Path) -> list[dict]:
 def test_piad_on_photos_alone(road: Road, photos: Path, tmp_path: Path, no_labels: None):  # noqa: F811
     """No label is touched; the table stays; the best epoch is that of the least KL; a resumed run is the same."""
     flags = piad(road, *unlabelled(photos), *ALONE, "--distillation-tokens", 1, "--op-code-sampling", "log-macs",
-                 "--sizes-per-step", 2, "--epochs", 3, "--ema-decay", 0.5)  # fmt: skip
+                 "--sizes-per-step", 2, "--freeze-embedding", "--epochs", 3, "--ema-decay", 0.5)  # fmt: skip
     run(*flags, "--amp", "--output-dir", tmp_path / "a")
     state = load_checkpoint(tmp_path / "a/checkpoint_2.pth")
     table = {key: value for key, value in json.loads(road.mask_table.read_text()).items() if key != "meta"}
     assert {key: value for key, value in state["mask_table"].items() if key != "meta"} == table
+    earlier = load_checkpoint(tmp_path / "a/checkpoint_0.pth")["model"].items()
+    moved = {name for name, value in earlier if not torch.equal(value, state["model"][name])}
+    assert "blocks.0.mlp.fc1.weight" in moved and not any(name.startswith(EMBEDDING) for name in moved)
     lines = lines_of(tmp_path / "a")
     scores = [min(line["kl"], line["ema_kl"]) for line in lines]
     assert state["best_epoch"] == scores.index(min(scores)) and "top1" not in lines[0]

@@ -24,6 +24,7 @@ from models.backbone import blocks_of, create_backbone, first_layers, full_width
 from models.elastic import make_elastic, set_widths
 from models.extraction import extract
 from models.macs import count_macs, count_params, fixed_macs
+from models.parts import EMBEDDING, embed
 from models.subnetwork import Bypass, ValueLayer, ValueProjection, branch_parameters
 from piad.progressive import ProgressiveDropout
 from studies.criteria import CRITERIA, EqualTokens, importance_by, sort_dims
@@ -109,6 +110,15 @@ def masked_logits(model: nn.Module, widths: dict[str, int], images: Tensor) -> T
 @pytest.fixture
 def data() -> tuple[Tensor, Tensor]:
     return random_data(4)
+
+
+@EACH
+def test_the_embedding_is_what_the_first_block_is_given(family, data):
+    """Its parameters are known by their names, which is how main.py --freeze-embedding finds them."""
+    model = made(family)
+    embed(model, data[0]).square().sum().backward()
+    used = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert used == {name for name, _ in model.named_parameters() if name.startswith(EMBEDDING)}
 
 
 @EACH
