@@ -16,6 +16,7 @@ from timm.utils import AverageMeter
 from tiny import SHAPE, draw_parameters, random_backbone, random_data
 from torch import Tensor
 
+import supernet
 from datasets import preprocessing
 from engine import train_one_epoch
 from files import load_checkpoint
@@ -201,8 +202,8 @@ def test_piad_on_photos_alone(road: Road, photos: Path, tmp_path: Path, no_label
     state = load_checkpoint(tmp_path / "a/checkpoint_2.pth")
     table = {key: value for key, value in json.loads(road.mask_table.read_text()).items() if key != "meta"}
     assert {key: value for key, value in state["mask_table"].items() if key != "meta"} == table
-    earlier = load_checkpoint(tmp_path / "a/checkpoint_0.pth")["model"].items()
-    moved = {name for name, value in earlier if not torch.equal(value, state["model"][name])}
+    start = supernet.load(road.peelable).model.state_dict().items()
+    moved = {name for name, value in start if not torch.equal(value, state["model"][name])}
     assert "blocks.0.mlp.fc1.weight" in moved and not any(name.startswith(EMBEDDING) for name in moved)
     lines = lines_of(tmp_path / "a")
     scores = [min(line["kl"], line["ema_kl"]) for line in lines]
