@@ -54,7 +54,7 @@ class Study:
         loading = {"batch_size": args.batch_size, "workers": args.workers}
         self.val = eval_loader(val, self.start.preprocessing, **loading)
         path = args.output_dir / f"training_{args.name}.json"
-        rates = {key: getattr(args, key) for key in ("lr", "teacher_lr", "alpha")}
+        rates = {key: getattr(args, key) for key in ("lr", "teacher_lr", "alpha", "tokens")}
         self.results = Results(
             path, **facts_of(self.start), **rates, flags=flags, machine=describe_machine(self.device)
         )
@@ -131,7 +131,8 @@ class Study:
         return found
 
     def teacher(self, way: str) -> list[object]:
-        return [*TEACHER, 1 if way.endswith("no labels") else self.args.alpha, "--lr", self.args.teacher_lr]
+        alpha = 1 if way.endswith("no labels") else self.args.alpha
+        return [*TEACHER, alpha, "--distillation-tokens", self.args.tokens, "--lr", self.args.teacher_lr]
 
     def train(self, recipe: list[object], seed: int, start: Path, output: Path, *more: object) -> None:
         run_entry_point(
@@ -193,6 +194,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--lr", type=decimal, required=True, metavar="X", help="learning rate of the paper's recipe")
     parser.add_argument("--teacher-lr", type=decimal, metavar="X", help="learning rate with a teacher (default: --lr)")
     parser.add_argument("--alpha", type=decimal, default=0.75, metavar="X", help="the teacher's share of the loss")
+    parser.add_argument("--tokens", type=decimal, default=0.0, metavar="X", help="weight of the teacher's tokens")
     args, flags = parse_training_arguments(parser)
     args.teacher_lr = args.teacher_lr or args.lr
     return args, flags
