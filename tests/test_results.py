@@ -26,6 +26,7 @@ TABLES = {
     "latency_swin_tiny_steps.json": latency.markdown,
     "recipes_digits.json": recipes.markdown,
     "training_digits.json": training.markdown,
+    "training_vit_cifar10.json": training.markdown,
     "encoders_saliency_encoder.json": encoders.markdown,
     "encoders_saliency_encoder_features.json": encoders.markdown,
     "encoders_random_dinov3.json": encoders.markdown,
