@@ -12,7 +12,8 @@
 #
 # RECIPE=best starts from METHOD=best sh run_reparam.sh, keeps its mask table and its compensation, and learns from the whole
 # network as it is at the start: docs/RESULTS.md, Recipes. ALPHA is the share of the teacher in the loss; 1 uses no labels.
-# TOKENS is the weight of the teacher's tokens after four of its blocks (--distillation-tokens).
+# TOKENS is the weight of the teacher's tokens after four of its blocks (--distillation-tokens). SIZES_PER_STEP=1 is faster, and learns
+# less from as many images.
 # Away from digits, its epochs and learning rate were measured on small networks alone.
 set -eu
 here=$(dirname "$0")
@@ -23,9 +24,10 @@ RECIPE=${RECIPE:-paper}
 case $RECIPE in paper | best) ;; *) echo "RECIPE is $RECIPE: give paper or best" >&2; exit 2 ;; esac
 if [ "$DATA_SET" = digits ]; then
     EPOCHS=${EPOCHS:-100} PROGRESSIVE_EPOCHS=${PROGRESSIVE_EPOCHS:-50} LR=${LR:-1.6e-2} EMA_DECAY=${EMA_DECAY:-0.99}
-    DROPOUT_RATIO=${DROPOUT_RATIO:-0.94} ALPHA=${ALPHA:-0.75} TOKENS=${TOKENS:-0}
+    DROPOUT_RATIO=${DROPOUT_RATIO:-0.94} ALPHA=${ALPHA:-0.75} TOKENS=${TOKENS:-0} SIZES_PER_STEP=${SIZES_PER_STEP:-1} FREEZE=
 elif [ "$RECIPE" = best ]; then
     EPOCHS=${EPOCHS:-30} LR=${LR:-3e-4} EMA_DECAY=${EMA_DECAY:-0.998}
+    SIZES_PER_STEP=${SIZES_PER_STEP:-2} FREEZE=--freeze-embedding
     if [ "$DATA_SET" = images ]; then ALPHA=${ALPHA:-1} TOKENS=${TOKENS:-4}; else ALPHA=${ALPHA:-0.5} TOKENS=${TOKENS:-1}; fi
 else
     case $MODEL in
@@ -39,7 +41,8 @@ if [ "$RECIPE" = best ]; then
     CHECKPOINT=${CHECKPOINT:-$OUTPUT/reparamed/$NAME}
     [ -f "$CHECKPOINT/mask_table.json" ] || [ "$DATA_SET" != digits ] || run_script run_reparam.sh METHOD=best
     set -- --progressive-epochs 0 --op-code-sampling log-macs --sched-on-updates \
-        --teacher-model self --distillation-type soft --distillation-alpha "$ALPHA" --distillation-tokens "$TOKENS"
+        --teacher-model self --distillation-type soft --distillation-alpha "$ALPHA" --distillation-tokens "$TOKENS" \
+        --sizes-per-step "$SIZES_PER_STEP" ${FREEZE:+"$FREEZE"}
 else
     CHECKPOINT=${CHECKPOINT:-$OUTPUT/reparamed/$NAME/contracted.safetensors}
     [ -f "$CHECKPOINT" ] || [ "$DATA_SET" != digits ] || run_script run_reparam.sh
