@@ -9,7 +9,7 @@ import pytest
 from programs import ROOT
 
 from benchmarks import backbones, latency
-from studies import alternatives, contraction, encoders, recipes, regimes, training, truncation
+from studies import alternatives, contraction, devices, encoders, recipes, regimes, training, truncation
 
 RESULTS = (ROOT / "docs" / "RESULTS.md").read_text()
 FOLDER = ROOT / "docs" / "results"
@@ -25,6 +25,8 @@ TABLES = {
     "latency_swin_tiny.json": latency.markdown,
     "latency_swin_tiny_steps.json": latency.markdown,
     "recipes_digits.json": recipes.markdown,
+    "devices_vit_small_cifar10.json": devices.markdown,
+    "devices_saliency_encoder.json": devices.markdown,
     "training_digits.json": training.markdown,
     "training_vit_cifar10.json": training.markdown,
     "encoders_saliency_encoder.json": encoders.markdown,
