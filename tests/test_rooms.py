@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "wpac": {"models", "files", "utils"},
     "piad": {"models", "files", "utils"},
     "supernet": {"wpac", "piad", "models", "datasets", "image_folders", "pixels", "files", "utils"},
-    "training": {"files", "utils"},
+    "training": {"piad", "files", "utils"},
     "engine": {"training", "piad", "datasets", "logs", "files", "utils"},
     "fidelity": {"engine", "models", "utils"},
     "arguments": {"supernet", "models", "datasets", "utils"},
