@@ -113,8 +113,8 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="op codes that a step trains on the same images, from small to large; more of them learn more from as "
-        "many images, in as much more time (default: %(default)s)",
+        help="number of op codes that a step trains on the same images, each drawn from its own part of the sizes; a "
+        "step of N takes about N times as long (default: %(default)s)",
     )
     group.add_argument(
         "--op-code-per-rank",
@@ -192,8 +192,8 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--freeze-embedding",
         action="store_true",
-        help="leave what comes before the first block as it is, such as the embedding of patches and positions: no "
-        "sub-network cuts it, and a high learning rate does most harm there",
+        help="do not train what comes before the first block, such as the embedding of patches and positions, which "
+        "no sub-network cuts",
     )
     group.add_argument("--weight-decay", type=decimal, default=0.05, metavar="X", help="default: %(default)s")
     group.add_argument("--clip-grad", type=decimal, metavar="X", help="largest gradient norm (default: no clipping)")

@@ -12,8 +12,8 @@
 #
 # RECIPE=best starts from METHOD=best sh run_reparam.sh, keeps its mask table and its compensation, and learns from the whole
 # network as it is at the start: docs/RESULTS.md, Recipes. ALPHA is the share of the teacher in the loss; 1 uses no labels.
-# TOKENS is the weight of the teacher's tokens after four of its blocks (--distillation-tokens). SIZES_PER_STEP=1 is faster, and learns
-# less from as many images.
+# TOKENS is the weight of the teacher's tokens after four of its blocks (--distillation-tokens). A step trains
+# SIZES_PER_STEP sizes on its images (--sizes-per-step); with 1 it takes less time.
 # Away from digits, its epochs and learning rate were measured on small networks alone.
 set -eu
 here=$(dirname "$0")

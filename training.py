@@ -70,7 +70,7 @@ class Training:
     def loss(self, images: Tensor, targets: Tensor, expected: dict[str, Tensor] | None) -> Tensor:
         """The loss of images (B, C, height, width) with targets (B,) or, from Mixup, (B, classes).
 
-        expected: see expected(), of the same images.
+        expected: what expected() gave for the same images.
         """
         with self.autocast():
             outputs = self.runner(images)

@@ -41,7 +41,7 @@ def _layer_scale(block: nn.Module, number: str, x: Tensor) -> Tensor:
     return x if scale is None else scale(x)
 
 
-# What the names of the parameters of embed() begin with.
+# The parameters that embed() uses have names that begin with one of these.
 EMBEDDING = ("patch_embed.", "pos_embed", "cls_token", "dist_token", "reg_token", "norm_pre.")
 
 

@@ -15,7 +15,8 @@ def generator_of(seed: int, epoch: int, step: int, rank: int, number: int = 0) -
     A resumed run therefore draws the same numbers as an uninterrupted one, and ranks draw independently.
     number: of the size, where a step trains several.
     """
-    return np.random.default_rng([seed, epoch, step, rank] + [number] * (number > 0))
+    place = [seed, epoch, step, rank]
+    return np.random.default_rng(place if number == 0 else [*place, number])
 
 
 def draw_op_code(
@@ -23,7 +24,8 @@ def draw_op_code(
 ) -> int:
     """Draws an op code uniformly from 0..op_codes - 1, whole and smallest network included.
 
-    Of several sizes per step, numbered 0..numbers - 1 from small to large, each is drawn from its own part of them.
+    Where a step trains several sizes, they are numbered 0..numbers - 1 from small to large, and each is drawn from its
+    own part of the op codes.
     """
     low, high = (op_codes * (numbers - 1 - number + end) // numbers for end in (0, 1))
     return int(generator_of(seed, epoch, step, rank, number).integers(low, max(high, low + 1)))
