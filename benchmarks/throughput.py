@@ -77,7 +77,7 @@ def work_of(args: argparse.Namespace, name: str, device: torch.device) -> Callab
         return Step(model, batch, device)
     loss_fn = None
     if name == "the same with a teacher":
-        loss_fn = loss_with_teacher(make_model(args, device))
+        loss_fn = loss_with_teacher(make_model(args, device), None if args.amp == torch.float32 else args.amp)
     widths = full_widths(model) if name == "step, all MACs" else half_widths(model)["uniform"]
     return Step(make_elastic(model), batch, device, widths, loss_fn)
 

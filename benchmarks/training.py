@@ -178,9 +178,9 @@ def measure_step(args: argparse.Namespace, device: torch.device) -> list[Row]:
     return [_compared_steps(args, device, name, "stock model's step", step, base, goal=1.05)]
 
 
-def loss_with_teacher(teacher: VisionTransformer) -> Callable[..., Tensor]:
-    """A loss_fn of Step: half of it from the labels, half from the teacher."""
-    distillation = Distillation(Teacher(teacher, "logits"), "soft", 0.5, 1.0)
+def loss_with_teacher(teacher: VisionTransformer, amp: torch.dtype | None = None) -> Callable[..., Tensor]:
+    """A loss_fn of Step: half of it from the labels, half from the teacher. amp: dtype of its autocast."""
+    distillation = Distillation(Teacher(teacher, "logits", amp), "soft", 0.5, 1.0)
     return lambda logits, images, targets: distillation(
         F.cross_entropy, {"logits": logits}, distillation.teacher(images), targets
     )
