@@ -205,7 +205,7 @@ def train_one_epoch(
     for step, (images, targets) in enumerate(bar, start_step):
         # Seeded by the step, so that Mixup, dropout and drop path draw the same in a resumed run.
         seed_everything(training.seed, epoch, step, rank)
-        images = images.to(training.device, non_blocking=True)
+        images = images.to(training.device, non_blocking=True, memory_format=training.layout)
         if training.labels:
             targets = targets.to(training.device, non_blocking=True)
         else:

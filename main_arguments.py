@@ -217,6 +217,7 @@ def _add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compute activations again for the backward pass: less memory, more time",
     )
+    group.add_argument("--channels-last", action="store_true", help="keep images and weights in this memory layout")
     group.add_argument(
         "--torchcompile",
         "--compile",

@@ -153,6 +153,8 @@ def start_training(
         use_plain_attention(model)
     if args.freeze_embedding:
         freeze_embedding(model)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    model.to(memory_format=layout)
     images = args.batch_size * args.grad_accum_steps * processes
     lr = args.lr * images / 512
     say(
@@ -201,6 +203,7 @@ def start_training(
         runner=model if teacher is None else StudentOutputs(model, target, tokens),
         grad_accum_steps=args.grad_accum_steps,
         grad_checkpointing=args.grad_checkpointing,
+        layout=layout,
     )
 
 

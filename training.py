@@ -41,6 +41,7 @@ class Training:
     runner: what a step calls with images (default: the model), such as the model wrapped in DDP.
     grad_accum_steps: parts in which the batch of a step goes through the model.
     grad_checkpointing: compute the activations of the blocks again for the backward pass instead of keeping them.
+    layout: of the images in memory.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class Training:
     runner: nn.Module | None = None
     grad_accum_steps: int = 1
     grad_checkpointing: bool = False
+    layout: torch.memory_format = torch.contiguous_format
     skipped_steps: int = 0  # by the scaler of float16, where gradients overflowed; a few are normal
 
     def __post_init__(self) -> None:

@@ -209,6 +209,33 @@ def plot_rivals(
     save_figure(figure, path)
 
 
+def plot_rivals_trained(results: dict[str, Any], path: Path, title: str) -> None:
+    """Plots top-1 (percent) against the share of MACs: networks of many sizes left, one size at a time right.
+
+    results: what studies/rivals_trained.py writes; means over the seeds, of the rows that were measured on val/.
+    """
+    rows = [row for row in results["rows"] if row["measured on"] == "val"]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
+    for style, way in enumerate(dict.fromkeys(row["way"] for row in rows)):
+        own = [row for row in rows if row["way"] == way]
+        points = [[(row["macs_share"][part], row["top1"][part]) for row in own] for part in own[0]["top1"]
+                  if None not in [row["top1"][part] for row in own]]  # fmt: skip
+        look = {"color": COLOURS[style % len(COLOURS)], "linestyle": "--" if style >= len(COLOURS) else "-"}
+        look |= {"marker": MARKERS[(style + style // len(COLOURS)) % len(MARKERS)], "markersize": 4}
+        x, y = ([sum(pair[place] for pair in group) / len(group) for group in points] for place in (0, 1))
+        axes = panels[int(own[0]["one size at a time"])]
+        axes.plot([100 * share for share in x], y, label=way, linewidth=1.2, **look)
+    for axes, name in zip(panels, ("one network for all sizes", "one size at a time"), strict=True):
+        axes.axhline(results["whole"]["top1"], color="black", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="MACs, % of the whole network's", title=name)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel("top-1 accuracy, %")
+    figure.suptitle(f"{title}: the same images for each network", fontsize=11)
+    save_figure(figure, path)
+
+
 def plot_maps(photos: Tensor, maps: dict[str, Tensor], path: Path) -> None:
     """Draws photos (n, 3, height, width), of values 0..1, and below them a row of maps (n, height, width) per name."""
     rows = {"photo": photos.permute(0, 2, 3, 1), **maps}

@@ -250,7 +250,7 @@ def exact(road: Road) -> list[object]:
     "more",
     [
         ["--batch-size", 64, "--grad-accum-steps", 2],
-        ["--batch-size", 128, "--grad-checkpointing", "--compile", "eager"],
+        ["--batch-size", 128, "--grad-checkpointing", "--compile", "eager", "--channels-last"],
     ],
 )
 def test_parts_checkpointing_and_compilation_change_nothing(more: list, road: Road, plain: dict, tmp_path: Path):

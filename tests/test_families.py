@@ -375,6 +375,7 @@ def test_both_heads_of_a_distilled_deit_learn():
     args = Namespace(lr=0.1, batch_size=4, opt="sgd", weight_decay=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, amp=None)
     args.ema_decay, args.clip_grad, args.seed, args.distillation_type = 0.0, None, 0, "none"
     args.grad_accum_steps, args.grad_checkpointing, args.compile, args.freeze_embedding = 1, False, None, False
+    args.channels_last = False
     training = start_training(args, model, 7, torch.device("cpu"))
     set_widths(model, some_widths(model))
     model.train()

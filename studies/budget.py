@@ -1,0 +1,128 @@
+"""What a way of compression may spend in studies.rivals_trained: images, a teacher, a number of epochs."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.scheduler import create_scheduler_v2
+from timm.utils import AverageMeter
+from torch import nn
+
+from datasets import Images, TrainLoader, eval_loader, proxy_set
+from engine import train_one_epoch
+from main_training import augmentation, start_training
+from studies.common import Batches
+from supernet import Network
+from training import Training
+
+
+class Rule(Protocol):
+    """Chooses what each step trains, as piad.progressive.ProgressiveDropout does."""
+
+    sizes_per_step: int
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before the first step of an epoch."""
+
+    def choose(self, *, epoch: int, step: int, rank: int, number: int = 0) -> int:
+        """Sets the model to the size with this number in the step, and returns a number that names it."""
+
+    def step_scalars(self) -> dict[str, float]:
+        """Values to log for a step."""
+
+
+@dataclass
+class Budget:
+    """What all ways start from and may use, at one learning rate and with one seed.
+
+    network: pre-trained, as it is; ways copy it.  images: with labels.  settings: main.py's flags; those of the
+    teacher, which is the network as it is, apply where a way is taught.  once, each: how many images have been trained
+    on so far, for all sizes together, and for one size of several that are trained alone.
+    """
+
+    network: Network
+    images: Images
+    settings: argparse.Namespace
+    device: torch.device
+    once: int = 0
+    each: int = 0
+
+    @property
+    def model(self) -> VisionTransformer:
+        return self.network.model
+
+    @property
+    def epochs(self) -> int:
+        return self.settings.epochs
+
+    def copied(self) -> Network:
+        """The network with a model of its own."""
+        return replace(self.network, model=copy.deepcopy(self.model))
+
+    def proxy(self) -> Batches:
+        """Batches of the proxy set, on the device."""
+        images = proxy_set(self.images, self.settings.proxy_samples, self.settings.seed)
+        loader = eval_loader(images, self.network.preprocessing, batch_size=64, workers=self.settings.workers)
+        return [(x.to(self.device), y.to(self.device)) for x, y in loader]
+
+    def train(
+        self,
+        model: nn.Module,
+        rule: Rule | None = None,
+        *,
+        taught: bool = True,
+        kind: type[Training] = Training,
+        more: dict[str, Any] | None = None,
+        epochs: int | None = None,
+    ) -> nn.Module:
+        """Trains a model in place and returns its averaged weights as a model, in eval mode.
+
+        rule: what each step trains, None for the model as it is.  taught: whether the teacher is used.  kind, more: of
+        the training, and its further fields.  epochs: instead of all.
+        """
+        epochs = epochs or self.epochs
+        settings = self.settings
+        loader = TrainLoader(
+            self.images,
+            self.network.preprocessing,
+            augmentation(settings),
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            seed=settings.seed,
+        )
+        teacher = copy.deepcopy(self.model) if taught else None
+        training = start_training(settings, model, self.model.num_classes, self.device, teacher, "logits")
+        training = kind(**vars(training), **(more or {}))
+        scheduler, _ = create_scheduler_v2(
+            training.optimizer,
+            num_epochs=epochs,
+            min_lr=settings.min_lr,
+            warmup_epochs=0,
+            step_on_epochs=False,
+            updates_per_epoch=loader.steps,
+        )
+        for epoch in range(epochs):
+            if rule is not None:
+                rule.begin_epoch(epoch)
+            first = epoch * loader.steps
+            scheduler.step_update(first)
+            train_one_epoch(
+                training,
+                loader.batches(epoch),
+                epoch,
+                steps=loader.steps,
+                losses=AverageMeter(),
+                regime=rule,
+                after_step=lambda step, _, first=first: scheduler.step_update(first + step + 1),
+            )
+        return (model if training.ema is None else training.ema.module).eval()
+
+    def spend(self, once: float = 0, each: float = 0) -> None:
+        """Notes epochs of training: for all sizes together, or for each size."""
+        self.once += round(once * len(self.images))
+        self.each += round(each * len(self.images))

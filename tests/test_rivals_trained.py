@@ -1,0 +1,274 @@
+"""The rivals that train: shared weights, nested sizes, thresholds, folding, against plain references; the program."""
+
+from __future__ import annotations
+
+import copy
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import PLAIN, random_backbone, random_data, relative
+from torch import nn
+from torch.nn import functional as F
+
+from datasets import Images
+from models.backbone import create_backbone, full_widths
+from models.elastic import make_elastic
+from models.extraction import extract
+from models.macs import count_macs
+from piad.distillation import Distillation, Teacher
+from studies import rivals_one_size, rivals_trained, rivals_widths
+from studies.common import run_entry_point
+from studies.rivals_depth import Albert, DepthRule, SharedDepth, Tleg, Wave
+from studies.rivals_one_size import Gate, Gated, folded, idle_share, pruned, shares_of, with_idle
+from studies.rivals_task import macs_of
+from studies.rivals_widths import Ladder, NestedRule, ScalaRule, matformer_sizes, uniform_sizes
+
+IMAGES, LABELS = random_data(4)
+CLOSE = 1e-10
+
+
+def place(step: int, number: int = 0) -> dict[str, int]:
+    return {"epoch": 0, "step": step, "rank": 0, "number": number}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared blocks
+
+
+@pytest.mark.parametrize("kind", [Albert, Tleg, Wave])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_plain_network_of_a_depth_gives_the_same_outputs(kind: type, depth: int):
+    model = SharedDepth(random_backbone(depth=4), kind)
+    model.depth = depth
+    plain = model.plain(depth)
+    assert len(plain.blocks) == depth
+    assert relative(plain(IMAGES), model(IMAGES)) < CLOSE
+    assert macs_of(plain) == count_macs(random_backbone(depth=depth))
+
+
+def test_blocks_that_can_be_shared_are_found():
+    """Equal blocks for ALBERT, blocks on a line for TLEG, enough templates for WAVE: the outputs are the whole's."""
+    model = random_backbone(depth=4)
+    first, slope = (dict(block.state_dict()) for block in model.blocks[:2])
+    equal, on_line = copy.deepcopy(model), copy.deepcopy(model)
+    for number, (one, other) in enumerate(zip(equal.blocks, on_line.blocks, strict=True), 1):
+        one.load_state_dict(first)
+        other.load_state_dict({name: first[name] + number / 4 * 0.1 * slope[name] for name in first})
+    assert relative(SharedDepth(equal, Albert)(IMAGES), equal(IMAGES)) < CLOSE
+    assert relative(SharedDepth(on_line, Tleg)(IMAGES), on_line(IMAGES)) < 1e-8
+    assert relative(SharedDepth(on_line, Albert)(IMAGES), on_line(IMAGES)) > 0.01
+    assert relative(SharedDepth(random_backbone(), Wave)(IMAGES), random_backbone()(IMAGES)) < 1e-8  # 32 of 32 terms
+
+
+def test_a_block_of_tleg_depends_on_its_place():
+    shared = SharedDepth(random_backbone(depth=4), Tleg).shared
+    weights = {name: value for name, value in shared.weights.items() if name.startswith("mlp-fc1-weight")}
+    first, slope = weights["mlp-fc1-weight-first"], weights["mlp-fc1-weight-slope"]
+    assert torch.equal(shared.weight("mlp.fc1.weight", 1, 3), first + 2 / 3 * slope)
+
+
+def test_a_weight_of_wave_is_a_sum_of_kronecker_products():
+    shared = SharedDepth(random_backbone(depth=4), Wave).shared
+    scalers, templates = (shared.weights[f"mlp-fc1-weight-{part}"] for part in ("scalers", "templates"))
+    assert templates.shape == (32, 48, 12) and scalers.shape == (4, 4, 4, 32)
+    expected = sum(torch.kron(scalers[3][..., t], templates[t]) for t in range(32))
+    assert relative(shared.weight("mlp.fc1.weight", 3, 4), expected) < CLOSE
+    assert Wave.taken(6, 4) == [1, 2, 4, 5] and Wave.taken(4, 4) == [0, 1, 2, 3] and Wave.taken(6, 1) == [5]
+    assert torch.equal(shared.weight("norm1.bias", 0, 2), shared.weights["norm1-bias-own"][1])
+
+
+def test_all_shared_weights_learn_and_every_depth_is_drawn():
+    model = SharedDepth(random_backbone(depth=4), Tleg)
+    rule = DepthRule(model, seed=0)
+    drawn = [rule.choose(**place(step)) for step in range(400)]
+    assert drawn == [rule.choose(**place(step)) for step in range(400)]
+    counts = np.bincount(drawn, minlength=5)[1:] / 400
+    assert counts == pytest.approx(np.log([2, 3 / 2, 4 / 3, 5 / 4]) / np.log(5), abs=0.08)
+    F.cross_entropy(model(IMAGES), LABELS).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nested sizes
+
+
+def test_scala_trains_the_whole_one_of_each_half_and_the_smallest():
+    model = make_elastic(random_backbone())
+    sizes = uniform_sizes(model, 0.25)
+    macs = [count_macs(model, widths) for widths in sizes]
+    assert macs == sorted(macs, reverse=True) and macs[-1] <= 0.25 * macs[0] < macs[-2]
+    rule, last = ScalaRule(model, sizes, seed=0), len(sizes) - 1
+    for step in range(50):
+        drawn = [rule.choose(**place(step, number)) for number in range(rule.sizes_per_step)]
+        assert drawn == sorted(drawn) and (drawn[0], drawn[3]) == (0, last)
+        assert 0 < drawn[1] < len(sizes) // 2 <= drawn[2] < last
+    assert full_widths(extract(model, sizes[last])) == sizes[last]
+
+
+def test_matformer_cuts_mlps_alone():
+    model = make_elastic(random_backbone())
+    sizes = matformer_sizes(model)
+    assert [widths["1.mlp"] for widths in sizes] == [192, 96, 48, 24]
+    assert {widths["0.attn"] for widths in sizes} == {16}
+    rule = NestedRule(model, sizes, seed=0)
+    assert {rule.choose(**place(step)) for step in range(40)} == {0, 1, 2, 3}
+
+
+def ladder(model: nn.Module, teacher: nn.Module | None = None) -> Ladder:
+    distillation = None if teacher is None else Distillation(Teacher(teacher, "logits"), "soft", 0.5, 1.0)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    return Ladder(model, sgd, nn.CrossEntropyLoss(), torch.device("cpu"), 0, distillation=distillation)
+
+
+def test_each_size_learns_from_the_next_larger_one():
+    model = make_elastic(random_backbone())
+    training = ladder(model)
+    assert training.expected(IMAGES) is None
+    whole = model(IMAGES)
+    assert training.loss(IMAGES, LABELS, None).item() == pytest.approx(F.cross_entropy(whole, LABELS).item())
+    rivals_widths.set_widths(model, uniform_sizes(model, 0.25)[-1])
+    small = model(IMAGES)
+    kl = F.kl_div(small.log_softmax(1), whole.log_softmax(1).detach(), log_target=True, reduction="batchmean")
+    expected = 0.5 * kl + 0.5 * F.cross_entropy(small, LABELS)
+    found = training.loss(IMAGES, LABELS, None)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)  # the divergence is in float32
+    grads = [torch.autograd.grad(loss, model.blocks[0].mlp.fc1.weight)[0] for loss in (found, expected)]
+    assert relative(*grads) < 1e-5
+    training.expected(IMAGES)
+    assert training.larger is None  # a new batch begins with the whole network
+
+
+def test_the_largest_size_learns_from_the_teacher():
+    model, teacher = make_elastic(random_backbone()), random_backbone(seed=1)
+    training = ladder(model, teacher)
+    training.runner = lambda images: {"logits": model(images)}
+    expected = training.expected(IMAGES)
+    kl = F.kl_div(model(IMAGES).log_softmax(1), teacher(IMAGES).log_softmax(1), log_target=True, reduction="batchmean")
+    both = 0.5 * kl + 0.5 * F.cross_entropy(model(IMAGES), LABELS)
+    assert training.loss(IMAGES, LABELS, expected).item() == pytest.approx(both.item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One size at a time
+
+
+@pytest.mark.parametrize("idle", [0.0, 0.4, 1.0])
+def test_folding_changes_nothing(idle: float):
+    model = with_idle(random_backbone(), idle)
+    assert relative(folded(model)(IMAGES), model(IMAGES)) < CLOSE
+    reference = random_backbone()
+    for block in reference.blocks:
+        active = torch.arange(192) < 192 - int(idle * 192)
+        block.mlp.act.forward = lambda x, active=active: torch.where(active, F.gelu(x), x)
+    assert relative(model(IMAGES), reference(IMAGES)) < CLOSE
+
+
+def test_idle_units_are_as_few_as_the_macs_allow():
+    model = random_backbone()
+    idle = idle_share(model, 0.7)
+    small, whole = folded(with_idle(copy.deepcopy(model), idle)), count_macs(model)
+    assert 0.68 * whole < macs_of(small) <= 0.7 * whole
+    assert idle_share(model, 1.0) == 0 and idle_share(model, 0.3) is None
+    assert macs_of(folded(with_idle(copy.deepcopy(model), 1.0))) > 0.3 * whole
+
+
+def importance() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"heads": (2, 3), "units": (2, 192)}
+    return {kind: torch.rand(size, generator=generator, dtype=torch.float64) for kind, size in sizes.items()}
+
+
+def test_a_gate_passes_gradients_as_if_it_were_not_there():
+    gate = Gate(torch.tensor([0.1, 0.5, 0.9]), nn.Parameter(torch.tensor([0.4])))
+    mask = gate()
+    assert mask.tolist() == [0, 1, 1]
+    (mask * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert gate.scores.grad.tolist() == [1, 2, 3] and gate.threshold.grad.tolist() == [-6]
+
+
+@pytest.mark.parametrize("share", [0.15, 0.5, 1.0])
+def test_what_the_thresholds_leave_is_cut_out(share: float):
+    model = Gated(random_backbone(), importance())
+    with torch.no_grad():
+        for number, gate in enumerate(model.gates.values()):
+            gate.scores += 0.3 * (number % 3)
+        for block in model.model.blocks:  # a branch that is bypassed loses its bias
+            block.attn.proj.bias.zero_()
+            block.mlp.fc2.bias.zero_()
+    small, whole = pruned(model, share), count_macs(model.model)
+    assert share * whole * 0.7 < macs_of(small) <= share * whole
+    above = torch.cat([gate.scores - gate.threshold for gate in model.gates.values()]).sort().values
+    kept = sum((block.attn.num_heads if hasattr(block, "attn") else 0) for block in small.blocks)
+    kept += sum((block.mlp.fc2.in_features if hasattr(block, "mlp") else 0) for block in small.blocks)
+    for gate in model.gates.values():  # thresholds just below the lowest score that is kept: the gates cut the same
+        gate.threshold = nn.Parameter(above[len(above) - kept] - 1e-9)
+    assert relative(small(IMAGES), model(IMAGES)) < CLOSE
+
+
+def test_the_macs_of_the_gates_are_those_of_the_cut():
+    model = Gated(random_backbone(), importance())
+    parts = shares_of(model.model)
+    with torch.no_grad():
+        for kind in ("heads", "units"):
+            model.gates[f"0_{kind}"].threshold.fill_(0.5)
+    share = 1 - sum(part * (1 - model.kept(kind).item()) for kind, part in parts.items())
+    above = {name: gate() > 0 for name, gate in model.gates.items()}
+    units = sum(int((~kept).sum()) for name, kept in above.items() if name.endswith("units"))
+    heads = sum(int((~kept).sum()) for name, kept in above.items() if name.endswith("heads"))
+    whole = count_macs(model.model)
+    assert share == pytest.approx(rivals_one_size.macs_without(model.model, units=units, heads=heads) / whole)
+    assert pruned(model, 0.01) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+TINY = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+def test_the_program_measures_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("torch_pruning")
+    save_file(create_backbone(PLAIN, **TINY, num_classes=10).state_dict(), tmp_path / "plain.safetensors")
+    words = ["--name", "tiny", "--data-set", "digits", "--checkpoint", tmp_path / "plain.safetensors", "--crop-pct", 1]
+    words += ["--model", PLAIN, "--model-kwargs", *(f"{key}={value}" for key, value in TINY.items())]
+    words += ["--epochs", 1, "--lrs", 0.001, "--draws", 0, "--batch-size", 256, "--workers", 0, "--device", "cpu"]
+    words += ["--proxy-samples", 64, "--output-dir", tmp_path, "--dropout-ratio", 0.9, "--shares", 0.5, 1, "--"]
+    words += ["--aa", "none", "--mixup", 0, "--cutmix", 0, "--reprob", 0, "--ema-decay", 0.5, "--repeated-aug", 0]
+    run_entry_point(rivals_trained.main, *words)
+    rows = json.loads((tmp_path / "rivals_trained_tiny.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == list(rivals_trained.WAYS)
+    for row in rows:
+        assert row["top1"]["1"] is not None and row["macs_share"]["1"] == pytest.approx(1, abs=0.02)
+        if row["way"] not in ("ALBERT", "TLEG", "WAVE"):  # whose depth is rounded
+            assert all(part is None or part <= float(name) * 1.001 for name, part in row["macs_share"].items())
+    images = {row["way"]: row["images"] for row in rows}
+    assert (images["best, untrained"], images["Scala"], images["RePaViT"]) == (0, 1437, 12 * 1437)
+    assert (tmp_path / "rivals_trained_tiny.png").stat().st_size > 10_000
+    before = (tmp_path / "rivals_trained_tiny.json").read_text()
+    assert "| RECIPE=best | 1 | 0.001 |" in rivals_trained.markdown(json.loads(before))
+    monkeypatch.setattr(rivals_trained, "Budget", None)  # nothing is trained again
+    run_entry_point(rivals_trained.main, *words)
+    assert (tmp_path / "rivals_trained_tiny.json").read_text() == before
+
+
+def test_the_learning_rate_is_chosen_on_held_out_training_images(monkeypatch: pytest.MonkeyPatch):
+    study = object.__new__(rivals_trained.Study)
+    study.args, study.images = Namespace(lrs=[0.1, 0.2, 0.3]), Images(list(range(25)), 2)
+    seen = []
+
+    def run(way: str, seed: int, lr: float, images: Images, val: Images) -> dict:
+        seen.append((way, seed, list(images.indices), list(val.indices)))
+        return {"top1": {"0.5": {0.1: 50.0, 0.2: 60.0, 0.3: 59.0}[lr], "0.25": None}}
+
+    monkeypatch.setattr(study, "run", run)
+    assert study.rate("Scala") == 0.2 and len(seen) == 3
+    held_out = [0, 10, 20]
+    assert seen[0] == ("Scala", 0, [index for index in range(25) if index not in held_out], held_out)
+    study.args.lrs = [0.3]
+    assert study.rate("Scala") == 0.3 and len(seen) == 3  # there is nothing to choose
