@@ -69,6 +69,7 @@ class CutStudy:
 
     def __init__(self, args: argparse.Namespace, device: torch.device, path: Path):
         self.args, self.device = args, device
+        use_threads(args)
         self.images, val = open_splits(args.data_set, args.data_path, index=args.index)
         self.network = open_network(args, self.images.num_classes, plain_weights=True)
         self.base, self.config = self.network.model.to(device), self.network.preprocessing
@@ -178,4 +179,12 @@ def parse_training_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.
     )
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
-    return parser.parse_args(words[:cut]), words[cut + 1 :]
+    args = parser.parse_args(words[:cut])
+    use_threads(args)
+    return args, words[cut + 1 :]
+
+
+def use_threads(args: argparse.Namespace) -> None:
+    """Makes PyTorch use as many CPU threads as --threads says."""
+    if args.threads:
+        torch.set_num_threads(args.threads)

@@ -196,8 +196,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     study = Study(args, init_processes(args), args.output_dir / f"contraction_{args.name}.json")
     results, whole = study.results, study.reference
     print(f"whole: top-1 {whole['top1']:.2f} % on {whole['images']} images, {whole['macs'] / 1e9:.3f} GMACs")

@@ -154,7 +154,7 @@ def parse_arguments() -> argparse.Namespace:
     classifier, encoder = (kinds.add_parser(name) for name in MEASURES)
     groups = add_study_arguments(classifier), encoders.add_encoder_arguments(encoder)
     classifier.set_defaults(draws=[0])
-    encoder.set_defaults(draws=[0], threads=None)
+    encoder.set_defaults(draws=[0])
     for group in groups:
         group.add_argument(
             "--methods",
@@ -180,8 +180,6 @@ def size_name(text: str) -> str:
 
 def main() -> None:
     args = parse_arguments()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     bench_of = {"classifier": Classifier, "encoder": Encoder}[args.kind]
     bench = bench_of(args, init_processes(args), args.output_dir / f"rivals_{args.name}.json")
     for draw in progress_bar(args.draws, "draws"):
