@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -41,16 +41,16 @@ class Budget:
     """What all ways start from and may use, at one learning rate and with one seed.
 
     network: pre-trained, as it is; ways copy it.  images: with labels.  settings: main.py's flags; those of the
-    teacher, which is the network as it is, apply where a way is taught.  once, each: how many images have been trained
-    on so far, for all sizes together, and for one size of several that are trained alone.
+    teacher, which is the network as it is, apply where a way is taught.  images_for_all_sizes, images_for_each_size:
+    how many images have been trained on so far, once for all sizes, and for one of several that are trained alone.
     """
 
     network: Network
     images: Images
     settings: argparse.Namespace
     device: torch.device
-    once: int = 0
-    each: int = 0
+    images_for_all_sizes: int = 0
+    images_for_each_size: int = 0
 
     @property
     def model(self) -> VisionTransformer:
@@ -59,10 +59,6 @@ class Budget:
     @property
     def epochs(self) -> int:
         return self.settings.epochs
-
-    def copied(self) -> Network:
-        """The network with a model of its own."""
-        return replace(self.network, model=copy.deepcopy(self.model))
 
     def proxy(self) -> Batches:
         """Batches of the proxy set, on the device."""
@@ -76,17 +72,16 @@ class Budget:
         rule: Rule | None = None,
         *,
         taught: bool = True,
-        kind: type[Training] = Training,
-        more: dict[str, Any] | None = None,
+        training: type[Training] = Training,
+        fields: dict[str, Any] | None = None,
         epochs: int | None = None,
     ) -> nn.Module:
         """Trains a model in place and returns its averaged weights as a model, in eval mode.
 
-        rule: what each step trains, None for the model as it is.  taught: whether the teacher is used.  kind, more: of
-        the training, and its further fields.  epochs: instead of all.
+        rule: what each step trains, None for the model as it is.  taught: whether the teacher is used.  training: a
+        subclass with another loss, and fields: its further fields.  epochs: instead of all.
         """
-        epochs = epochs or self.epochs
-        settings = self.settings
+        settings, epochs = self.settings, self.epochs if epochs is None else epochs
         loader = TrainLoader(
             self.images,
             self.network.preprocessing,
@@ -94,15 +89,16 @@ class Budget:
             batch_size=settings.batch_size,
             workers=settings.workers,
             seed=settings.seed,
+            repeats=settings.repeated_aug,
         )
         teacher = copy.deepcopy(self.model) if taught else None
-        training = start_training(settings, model, self.model.num_classes, self.device, teacher, "logits")
-        training = kind(**vars(training), **(more or {}))
+        held = start_training(settings, model, self.model.num_classes, self.device, teacher, "logits")
+        held = training(**vars(held), **(fields or {}))
         scheduler, _ = create_scheduler_v2(
-            training.optimizer,
+            held.optimizer,
             num_epochs=epochs,
             min_lr=settings.min_lr,
-            warmup_epochs=0,
+            warmup_epochs=settings.warmup_epochs,
             step_on_epochs=False,
             updates_per_epoch=loader.steps,
         )
@@ -112,7 +108,7 @@ class Budget:
             first = epoch * loader.steps
             scheduler.step_update(first)
             train_one_epoch(
-                training,
+                held,
                 loader.batches(epoch),
                 epoch,
                 steps=loader.steps,
@@ -120,9 +116,9 @@ class Budget:
                 regime=rule,
                 after_step=lambda step, _, first=first: scheduler.step_update(first + step + 1),
             )
-        return (model if training.ema is None else training.ema.module).eval()
+        return (model if held.ema is None else held.ema.module).eval()
 
-    def spend(self, once: float = 0, each: float = 0) -> None:
-        """Notes epochs of training: for all sizes together, or for each size."""
-        self.once += round(once * len(self.images))
-        self.each += round(each * len(self.images))
+    def spend(self, for_all_sizes: float = 0, for_each_size: float = 0) -> None:
+        """Notes epochs of training."""
+        self.images_for_all_sizes += round(for_all_sizes * len(self.images))
+        self.images_for_each_size += round(for_each_size * len(self.images))

@@ -209,24 +209,22 @@ def plot_rivals(
     save_figure(figure, path)
 
 
-def plot_rivals_trained(results: dict[str, Any], path: Path, title: str) -> None:
+def plot_rivals_trained(
+    lines: list[tuple[str, bool, list[dict[str, Any]]]], whole: dict[str, Any], path: Path, title: str
+) -> None:
     """Plots top-1 (percent) against the share of MACs: networks of many sizes left, one size at a time right.
 
-    results: what studies/rivals_trained.py writes; means over the seeds, of the rows that were measured on val/.
+    lines: the name of a way, whether its sizes train alone, and the rows of its seeds, see studies/rivals_trained.py.
     """
-    rows = [row for row in results["rows"] if row["measured on"] == "val"]
     figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
-    for style, way in enumerate(dict.fromkeys(row["way"] for row in rows)):
-        own = [row for row in rows if row["way"] == way]
-        points = [[(row["macs_share"][part], row["top1"][part]) for row in own] for part in own[0]["top1"]
-                  if None not in [row["top1"][part] for row in own]]  # fmt: skip
+    for style, (way, one_size, rows) in enumerate(lines):
+        parts = [part for part, share in rows[0]["macs_share"].items() if share is not None]
         look = {"color": COLOURS[style % len(COLOURS)], "linestyle": "--" if style >= len(COLOURS) else "-"}
         look |= {"marker": MARKERS[(style + style // len(COLOURS)) % len(MARKERS)], "markersize": 4}
-        x, y = ([sum(pair[place] for pair in group) / len(group) for group in points] for place in (0, 1))
-        axes = panels[int(own[0]["one size at a time"])]
-        axes.plot([100 * share for share in x], y, label=way, linewidth=1.2, **look)
+        x, y = ([sum(row[name][part] for row in rows) / len(rows) for part in parts] for name in ("macs_share", "top1"))
+        panels[int(one_size)].plot([100 * share for share in x], y, label=way, linewidth=1.2, **look)
     for axes, name in zip(panels, ("one network for all sizes", "one size at a time"), strict=True):
-        axes.axhline(results["whole"]["top1"], color="black", linewidth=0.8, linestyle=":")
+        axes.axhline(whole["top1"], color="black", linewidth=0.8, linestyle=":")
         axes.set(xlabel="MACs, % of the whole network's", title=name)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

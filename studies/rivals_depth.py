@@ -6,7 +6,12 @@ Feng et al.: WAVE: Weight Templates for Adaptive Initialization of Variable-size
 of Kronecker products of templates, which all blocks share, and small scalers of its own.
 
 All start from the blocks of a pre-trained network, by least squares: from their mean, from the line through them, and
-from the templates that come nearest to them. L blocks of the whole network, D embedding.
+from the templates that come nearest to them. These are their ways of sharing, made into networks of any depth: ALBERT
+has one depth; TLEG trains one depth, and then each network of another depth on its own, without the line; WAVE trains
+templates in one network, then new scalers for each other size, and then each size on its own. Here the weights stay
+shared, and depth alone differs.
+
+L blocks of the whole network, D embedding.
 """
 
 from __future__ import annotations
@@ -14,7 +19,6 @@ from __future__ import annotations
 import copy
 import math
 
-import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -23,7 +27,7 @@ from torch.func import functional_call
 from models.parts import classify, embed
 from piad.sampling import generator_of
 
-SPLIT = 4  # rows and columns of WAVE's scalers
+SPLIT = 2  # rows and columns of WAVE's scalers
 TEMPLATES = 2 * SPLIT**2  # of a weight: as many numbers as in the two blocks that TLEG learns
 
 
@@ -135,6 +139,11 @@ class SharedDepth(nn.Module):
             x = functional_call(self.like[0], self.shared.block(index, self.depth), (x,))
         return classify(self.outer, x)
 
+    def no_weight_decay(self) -> set[str]:
+        """The names of parameters that the optimizer does not decay, besides those of one dimension; timm asks."""
+        outer = {f"outer.{name}" for name in self.outer.no_weight_decay()}
+        return outer | {name for name, _ in self.named_parameters() if name.endswith("-own")}  # biases and norms
+
     def plain(self, depth: int) -> VisionTransformer:
         """A network of this depth with weights of its own."""
         model = copy.deepcopy(self.outer)
@@ -158,7 +167,7 @@ class DepthRule:
     def choose(self, *, epoch: int, step: int, rank: int, number: int = 0) -> int:
         """Draws the depth of the step, and returns it."""
         drawn = generator_of(self.seed, epoch, step, 0).uniform(0, math.log(self.deepest + 1))
-        self.model.depth = int(np.clip(math.floor(math.exp(drawn)), 1, self.deepest))
+        self.model.depth = min(int(math.exp(drawn)), self.deepest)
         return self.model.depth
 
     def step_scalars(self) -> dict[str, float]:

@@ -2,11 +2,14 @@
 
 Yu et al.: Width & Depth Pruning for Vision Transformers, AAAI 2022: every head and hidden unit has a score that is
 trained, and takes part where it exceeds a threshold, which is trained too; gradients pass through that step as if it
-were not there. Here without the classifiers at lower depths; what the thresholds leave is then brought to the size
+were not there. Here there are no classifiers at lower depths and one threshold for all heads and one for all units
+(the paper: one per layer); the scores start in the order of Taylor importance, and the MACs are held by their squared
+distance from the goal (the paper: by an augmented Lagrangian). What the thresholds leave is then brought to the size
 exactly, and trained on.
 Xu et al.: RePaViT: Scalable Vision Transformer Acceleration via Structural Reparameterization on Feedforward Network
 Layers, ICML 2025: a share of the hidden units has no activation, so that after training they fold into one D x D
-matrix. Here LayerNorm stays, so the matrix is not merged any further.
+matrix. The paper trains from scratch with batch norm, which lets the matrix merge further. Here a pre-trained network
+keeps its LayerNorm, its least important units are the idle ones, and their share follows from the MACs.
 
 B images, N tokens, D embedding, M hidden units, H heads.
 """
@@ -100,51 +103,48 @@ def folded(model: VisionTransformer) -> VisionTransformer:
 # WDPruning
 
 
-class Gate(nn.Module):
-    """Scores (n,) of the parts of a branch, and the threshold above which a part takes part."""
+RATE = 10  # how many times faster than the weights the scores and thresholds move: Adam moves all values alike
 
-    def __init__(self, scores: Tensor, threshold: nn.Parameter):
-        super().__init__()
-        self.scores, self.threshold = nn.Parameter(scores), threshold
 
-    def forward(self) -> Tensor:
-        """1 for the parts that take part, else 0, with the gradient of score - threshold."""
-        above = self.scores - self.threshold
-        return (above > 0).to(above) + (above - above.detach())
+def mask_of(scores: Tensor, threshold: Tensor) -> Tensor:
+    """1 for the parts whose score is above the threshold, else 0, with the gradient of the difference times RATE."""
+    above = RATE * (scores - threshold)
+    return (above > 0).to(above) + (above - above.detach())
 
 
 class Gated(nn.Module):
-    """A ViT whose heads and hidden units pass through gates.
+    """A ViT whose heads and hidden units are masked by scores and thresholds.
 
-    importance: kind ("heads", "units") -> (L, parts); the scores start as its ranks among all blocks, in 0..1.
+    importance: kind ("heads", "units") -> (L, parts). The scores start as its ranks among all blocks, in 0..1 / RATE.
     """
 
     def __init__(self, model: VisionTransformer, importance: dict[str, Tensor]):
         super().__init__()
-        self.model, self.gates = model, nn.ModuleDict()
+        self.model, self.scores, self.thresholds = model, nn.ParameterDict(), nn.ParameterDict()
         for kind, values in importance.items():
-            ranks = values.flatten().argsort().argsort().view_as(values).to(values) / values.numel()
-            threshold = nn.Parameter(values.new_zeros(1))
-            for index, scores in enumerate(ranks):
-                self.gates[f"{index}_{kind}"] = Gate(scores.clone(), threshold)
+            ranks = values.flatten().argsort().argsort().view_as(values).to(next(model.parameters())) + 1
+            self.scores[kind] = nn.Parameter(ranks / values.numel() / RATE)
+            self.thresholds[kind] = nn.Parameter(torch.zeros_like(ranks[:1, 0]))
+
+    def no_weight_decay(self) -> set[str]:
+        """The names of parameters that the optimizer does not decay, besides those of one dimension; timm asks."""
+        return {f"model.{name}" for name in self.model.no_weight_decay()} | {f"scores.{kind}" for kind in self.scores}
+
+    def masks(self, kind: str) -> Tensor:
+        """The masks (L, parts) of all blocks."""
+        return mask_of(self.scores[kind], self.thresholds[kind])
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, height, width) -> logits (B, classes)."""
         hooks = []
-        for name, gate in self.gates.items():
-            index, kind = name.split("_")
-            block, mask = self.model.blocks[int(index)], gate()
-            layer = block.attn.proj if kind == "heads" else block.mlp.fc2
-            hooks.append(layer.register_forward_pre_hook(lambda _layer, x, mask=mask: (gated(x[0], mask),)))
+        for block, heads, units in zip(self.model.blocks, self.masks("heads"), self.masks("units"), strict=True):
+            for layer, mask in ((block.attn.proj, heads), (block.mlp.fc2, units)):
+                hooks.append(layer.register_forward_pre_hook(lambda _layer, x, mask=mask: (gated(x[0], mask),)))
         try:
             return self.model(images)
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def kept(self, kind: str) -> Tensor:
-        """The share of the heads or units that take part, with a gradient."""
-        return torch.cat([gate() for name, gate in self.gates.items() if name.endswith(kind)]).mean()
 
 
 def gated(x: Tensor, mask: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class Thresholds(Training):
 
     def loss(self, images: Tensor, targets: Tensor, expected: dict[str, Tensor] | None) -> Tensor:
         """See Training.loss()."""
-        macs = 1 - sum(part * (1 - self.model.kept(kind)) for kind, part in self.shares.items())
+        macs = 1 - sum(part * (1 - self.model.masks(kind).mean()) for kind, part in self.shares.items())
         return super().loss(images, targets, expected) + self.weight * (macs - self.share) ** 2
 
 
@@ -186,30 +186,32 @@ def pruned(gated_model: Gated, share: float) -> VisionTransformer | None:
 
     A branch that loses all of them is bypassed. None where all that can leave is not enough.
     """
-    above = {name: (gate.scores - gate.threshold).detach() for name, gate in gated_model.gates.items()}
-    order, model = torch.cat(list(above.values())).sort().values, gated_model.model
+    model, whole = gated_model.model, count_macs(gated_model.model)
+    above = {kind: gated_model.scores[kind] - gated_model.thresholds[kind] for kind in gated_model.scores}
+    order = torch.cat([values.flatten() for values in above.values()]).sort().values
 
-    def kept(removed: float) -> dict[str, int]:
-        lowest = order[int(removed * len(order)) :][:1]  # of those that stay
-        return {name: int((values >= lowest).sum()) if len(lowest) else 0 for name, values in above.items()}
+    def kept(removed: float) -> dict[str, Tensor]:
+        """Kind -> how many parts of each block stay, (L,)."""
+        number = int(removed * len(order))
+        lowest = order[number] if number < len(order) else torch.inf
+        return {kind: (values >= lowest).sum(1) for kind, values in above.items()}
 
     def macs(removed: float) -> int:
-        gone = {"heads": 0, "units": 0}
-        for name, count in kept(removed).items():
-            gone[name.split("_")[1]] += len(above[name]) - count
+        gone = {kind: above[kind].numel() - int(counts.sum()) for kind, counts in kept(removed).items()}
         return macs_without(model, **gone)
 
-    removed = smallest_cut(macs, share * count_macs(model)) if share < 1 else 0.0
-    if removed is None:
-        return None
-    counts, branches = kept(removed), {"heads": "attn", "units": "mlp"}
-    bypassed = {name.replace("_", ".") for name, count in counts.items() if not count}
-    bypassed = {f"{index}.{branches[kind]}": 0 for index, kind in (name.split(".") for name in bypassed)}
-    small = extract(model, full_widths(model) | bypassed)
-    for name, count in counts.items():
-        index, kind = name.split("_")
-        branch = getattr(small.blocks[int(index)], branches[kind], None)
-        if branch is not None:
-            keep = keep_units if kind == "units" else keep_heads
-            keep(branch, above[name].argsort(descending=True), count)
+    removed = smallest_cut(macs, share * whole) if share < 1 else 0.0
+    return None if removed is None else without_parts(model, above, kept(removed))
+
+
+def without_parts(model: VisionTransformer, scores: dict[str, Tensor], kept: dict[str, Tensor]) -> VisionTransformer:
+    """A copy whose blocks keep the heads and units of the highest scores (L, parts), as many as `kept` (L,) says."""
+    widths = full_widths(model)
+    for kind, branch in (("heads", "attn"), ("units", "mlp")):
+        widths |= {f"{index}.{branch}": 0 for index, count in enumerate(kept[kind].tolist()) if not count}
+    small = extract(model, widths)
+    for index, block in enumerate(small.blocks):
+        for kind, branch, keep in (("heads", "attn", keep_heads), ("units", "mlp", keep_units)):
+            if widths[f"{index}.{branch}"]:
+                keep(getattr(block, branch), scores[kind][index].argsort(descending=True), int(kept[kind][index]))
     return small

@@ -5,12 +5,14 @@
 
 Each of studies.rivals_ways.WAYS gives networks at --shares of the MACs: one network that is trained for all sizes, or
 one size at a time. All start from the same pre-trained checkpoint and train on the same images, each for all of the
-epochs. Where a way is taught, the whole network before training gives --alpha of the loss, by its prediction.
+epochs. Where a way is taught, the whole network before training gives --alpha of the loss, by its prediction. A step
+of Scala trains four sizes on its images, a step of every other way one.
 First, each way trains with seed 0 at each of --lrs on nine tenths of the training images; the learning rate with the
-best mean top-1 on the others is taken (a way without training has none). Then it trains on all of them with each seed
-of --draws, and top-1 (percent) of the averaged weights is measured on val/. FLAGS are those of main.py (augmentation,
-averaging). Writes docs/results/rivals_trained_NAME.json after each training, skips those that are already there, and
-draws a .png beside it.
+best mean top-1 on the others is taken, for sizes that train alone for each size. (The checkpoint has been trained on
+all of these images, so this choice favours rates that change it little.) Then each way trains on all of them with
+each seed of --draws, and top-1 (percent) of the averaged weights is measured on val/. FLAGS are those of main.py
+(augmentation, averaging). Writes docs/results/rivals_trained_NAME.json after each training, skips those that are
+already there, and draws a .png beside it.
 """
 
 from __future__ import annotations
@@ -34,10 +36,14 @@ from main_arguments import parse_main_arguments
 from studies.budget import Budget
 from studies.common import Results, facts_of, model_and_data_flags, parse_training_arguments
 from studies.plots import plot_rivals_trained
+from studies.rivals_cut import check_plain
 from studies.rivals_task import macs_of
 from studies.rivals_ways import WAYS
-from utils import init_processes, progress_bar, run_program
+from utils import UserError, init_processes, progress_bar, run_program
 
+# Flags of main.py that not every way could follow, and what they are otherwise.
+NOT_FOR_ALL = {"freeze_embedding": False, "distillation_tokens": 0.0, "grad_checkpointing": False, "drop_path": 0.0}
+NOT_FOR_ALL |= {"grad_accum_steps": 1, "sizes_per_step": 1, "compile": None}
 TEACHER = "--teacher-model self --distillation-type soft --distillation-alpha"
 SIZES = 12  # the number of sizes whose training is counted
 HELD_OUT = 10  # one image in so many is not trained on while learning rates are compared
@@ -50,82 +56,118 @@ class Study:
         self.args, self.device = args, init_processes(args)
         self.images, self.val = open_splits(args.data_set, args.data_path, index=args.index)
         self.network = open_network(args, self.images.num_classes, plain_weights=True)
+        check_plain(self.network.model)
         self.network.model.to(self.device).eval()
-        words = [*model_and_data_flags(args), "--epochs", args.epochs, "--dropout-ratio", args.dropout_ratio]
-        words += [*shlex.split(TEACHER), args.alpha, *flags]
-        with mock.patch.object(sys, "argv", [sys.argv[0], *map(str, words)]):
-            self.settings = parse_main_arguments()
+        self.settings = settings_of(args, flags)
         path = args.output_dir / f"rivals_trained_{args.name}.json"
-        self.results = Results(path, **facts_of(self.network), flags=flags, machine=describe_machine(self.device))
-        self.results.content["whole"] = {"macs": macs_of(self.network.model), "top1": self.top1(self.network.model)}
+        self.results = Results(path, **facts_of(self.network), machine=describe_machine(self.device))
+        self.whole = macs_of(self.network.model)
+        self.results.content["whole"] = {"macs": self.whole, "top1": self.top1(self.network.model)}
+        self.setup = {"epochs": args.epochs, "alpha": args.alpha, "dropout_ratio": args.dropout_ratio, "flags": flags}
 
     def top1(self, model: nn.Module, images: Images | None = None) -> float:
         loader = eval_loader(images or self.val, self.network.preprocessing, batch_size=256, workers=0)
         return evaluate(model.to(self.device).eval(), loader, self.device)["top1"]
 
-    def rate(self, way: str) -> float:
-        """The best learning rate of a way, by the images that are held out."""
-        if len(self.args.lrs) == 1:
-            return self.args.lrs[0]
-        held_out = range(0, len(self.images), HELD_OUT)
-        rest = [index for index in range(len(self.images)) if index % HELD_OUT]
-        found = {}
-        for lr in self.args.lrs:
-            row = self.run(way, 0, lr, self.images.subset(rest), self.images.subset(held_out))
-            found[lr] = statistics.mean(top1 for top1 in row["top1"].values() if top1 is not None)
-        return max(found, key=found.get)
+    def rates(self, way: str) -> dict[float, float]:
+        """Share -> the best learning rate by the images that are held out; the same for all unless sizes train alone.
 
-    def run(self, way: str, seed: int, lr: float, images: Images, val: Images | None = None) -> dict[str, Any]:
-        """The row of a training, which is only run if there is none.  val: what is measured on, None for val/."""
-        key = {"way": way, "seed": seed, "epochs": self.args.epochs, "lr": lr}
-        key["measured on"] = "val" if val is None else "held-out training images"
+        The best is that of the highest mean top-1 over the sizes for which it holds.
+        """
+        if not WAYS[way].trains:
+            return dict.fromkeys(self.args.shares, 0.0)
+        rates = self.args.lrs
+        if len(rates) == 1:
+            return dict.fromkeys(self.args.shares, rates[0])
+        held_out = range(0, len(self.images), HELD_OUT)
+        rest = self.images.subset([index for index in range(len(self.images)) if index % HELD_OUT])
+        held_out_images, found = self.images.subset(held_out), {}
+        for lr in rates:
+            row = self.run(way, 0, dict.fromkeys(self.args.shares, lr), rest, held_out_images)
+            found[lr] = {part: row["top1"][f"{part:.3g}"] or 0.0 for part in self.args.shares}
+        if not WAYS[way].one_size:
+            best = max(rates, key=lambda lr: sum(found[lr].values()))
+            return dict.fromkeys(self.args.shares, best)
+        return {part: max(rates, key=lambda lr, part=part: found[lr][part]) for part in self.args.shares}
+
+    def run(
+        self, way: str, seed: int, rates: dict[float, float], images: Images, val: Images | None = None
+    ) -> dict[str, Any]:
+        """The row of a training, which is only run if there is none.
+
+        rates: share -> learning rate.  images: to train on.  val: what is measured on, None for val/.
+        """
+        measured_on = "val" if val is None else "held-out training images"
+        named = {f"{part:.3g}": lr for part, lr in rates.items()}
+        key = {"way": way, "seed": seed, "lr": named, "measured on": measured_on, **self.setup}
         known = self.results.rows("rows", **key)
         if known:
             return known[0]
-        settings = argparse.Namespace(**{**vars(self.settings), "seed": seed, "lr": lr})
-        budget, start = Budget(self.network, images, settings, self.device), time.perf_counter()
-        found = WAYS[way](budget, self.args.shares)
-        seconds, row = time.perf_counter() - start, {"top1": {}, "macs_share": {}}
-        for part in self.args.shares:
-            model, name = found.get(part), f"{part:.3g}"
-            row["top1"][name] = None if model is None else self.top1(model, val)
-            share_of_macs = None if model is None else macs_of(model) / self.results.content["whole"]["macs"]
-            row["macs_share"][name] = share_of_macs
-        row["one size at a time"] = not budget.once and budget.each > 0
-        row["images"] = budget.once + SIZES * budget.each
-        self.results.add("rows", {**key, **row, "seconds": seconds})
-        return row
+        row, seconds, trained = {"top1": {}, "macs_share": {}}, 0.0, 0
+        for lr in dict.fromkeys(rates.values()):
+            settings = argparse.Namespace(**{**vars(self.settings), "seed": seed, "lr": lr})
+            budget, start = Budget(self.network, images, settings, self.device), time.perf_counter()
+            parts = [part for part in rates if rates[part] == lr]
+            found = WAYS[way].run(budget, parts)
+            seconds += time.perf_counter() - start
+            trained = budget.images_for_all_sizes + SIZES * budget.images_for_each_size
+            for part in parts:
+                model, name = found.get(part), f"{part:.3g}"
+                row["top1"][name] = None if model is None else self.top1(model, val)
+                row["macs_share"][name] = None if model is None else macs_of(model) / self.whole
+        self.results.add("rows", {**key, **row, "images": trained, "seconds": seconds})
+        return self.results.content["rows"][-1]
+
+
+def settings_of(args: argparse.Namespace, flags: list[str]) -> argparse.Namespace:
+    """What main.py's flags say. Raises UserError for those that not every way could follow."""
+    words = [*model_and_data_flags(args), "--epochs", args.epochs, "--dropout-ratio", args.dropout_ratio]
+    words += [*shlex.split(TEACHER), args.alpha, *flags]
+    with mock.patch.object(sys, "argv", [sys.argv[0], *map(str, words)]):
+        settings = parse_main_arguments()
+    given = [name for name, default in NOT_FOR_ALL.items() if getattr(settings, name) != default]
+    if given:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise UserError(f"{flag} {getattr(settings, given[0])} is not for all of these ways: leave it out")
+    if args.epochs < 2:
+        raise UserError("--epochs 1: some ways train in two parts, so give 2 or more")
+    if args.alpha >= 1:
+        raise UserError(f"--alpha {args.alpha:g}: some ways learn from labels alone, so give less than 1")
+    return settings
+
+
+def final_rows(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Way -> the rows of its seeds on val/, for the setup and the learning rates of its last row."""
+    rows = [row for row in results["rows"] if row["measured on"] == "val"]
+    setup = {name: rows[-1][name] for name in ("epochs", "alpha", "dropout_ratio", "flags")} if rows else {}
+    rows = [row for row in rows if all(row[name] == value for name, value in setup.items())]
+    last = {row["way"]: row["lr"] for row in rows}
+    return {way: [row for row in rows if row["way"] == way and row["lr"] == last[way]] for way in WAYS if way in last}
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """A table for each number of epochs: mean top-1 over the seeds with its range, and the images of SIZES sizes."""
-    lines, whole = [], results["whole"]
-    rows = [row for row in results["rows"] if row["measured on"] == "val"]
-    for epochs in sorted({row["epochs"] for row in rows}):
-        own = [row for row in rows if row["epochs"] == epochs]
-        parts = list(own[0]["top1"])
-        head = [f"{epochs} epochs", "seeds", "learning rate", *(f"{part} of the MACs" for part in parts)]
-        head.append(f"images trained on for {SIZES} sizes")
-        lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        lines.append(f"| whole network, not trained further | | | {' | '.join([''] * (len(parts) - 1))} "
-                     f"| {whole['top1']:.1f} | 0 |")  # fmt: skip
-        for way in WAYS:
-            same = [row for row in own if row["way"] == way]
-            if same:
-                cells = [_cell(same, part) for part in parts]
-                rate = f"{same[0]['lr']:g}" if same[0]["lr"] else ""
-                lines.append(f"| {' | '.join([way, str(len(same)), rate, *cells])} | {same[0]['images']:,} |")
-    return "\n".join(lines).strip()
+    """A table: mean top-1 over the seeds with its range, and the images that SIZES sizes are trained on."""
+    ways = final_rows(results)
+    first = next(iter(ways.values()))[0]
+    parts = list(first["top1"])
+    head = [f"{first['epochs']} epochs", "seeds", "learning rate", *(f"{part} of the MACs" for part in parts)]
+    head.append(f"images trained on for {SIZES} sizes")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for way, rows in ways.items():
+        rates = [f"{lr:g}" for lr in dict.fromkeys(rows[0]["lr"].values()) if lr]
+        cells = [way, str(len(rows)), ", ".join(rates), *(_cell(rows, part) for part in parts)]
+        lines.append(f"| {' | '.join(cells)} | {rows[0]['images']:,} |")
+    return "\n".join(lines)
 
 
 def _cell(rows: list[dict[str, Any]], part: str) -> str:
-    """Mean top-1 and its range; and the share of the MACs, where it is more than 5 % above what was asked for."""
+    """Mean top-1 and its range; and the share of the MACs, where it is more than 5 % off what was asked for."""
     values, macs_share = [row["top1"][part] for row in rows], rows[0]["macs_share"][part]
     if None in values:
         return ""
     spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-    more = f" at {macs_share:.3f}" if macs_share > 1.05 * float(part) else ""
-    return f"{statistics.mean(values):.1f}{spread}{more}"
+    off = abs(macs_share / float(part) - 1) > 0.05
+    return f"{statistics.mean(values):.1f}{spread}" + (f" at {macs_share:.3f}" if off else "")
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -135,7 +177,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--shares", nargs="+", type=share, default=shares, metavar="X", help="of the MACs")
     help_text = "learning rates per 512 images, of which each way gets the best"
     parser.add_argument("--lrs", nargs="+", type=decimal, required=True, metavar="X", help=help_text)
-    parser.add_argument("--alpha", type=decimal, default=0.5, metavar="X", help="the teacher's share of the loss")
+    parser.add_argument("--alpha", type=share, default=0.5, metavar="X", help="the teacher's share of the loss")
     return parse_training_arguments(parser)
 
 
@@ -143,13 +185,14 @@ def main() -> None:
     args, flags = parse_arguments()
     study = Study(args, flags)
     for way in progress_bar(args.ways, "ways"):
-        lr = 0.0 if way == "best, untrained" else study.rate(way)
-        for seed in args.draws:
-            study.run(way, seed, lr, study.images)
+        rates = study.rates(way)
+        for seed in args.draws if WAYS[way].trains else args.draws[:1]:
+            study.run(way, seed, rates, study.images)
     results = study.results
     results.log()
     print(markdown(results.content))
-    plot_rivals_trained(results.content, results.path.with_suffix(".png"), args.name.replace("_", " "))
+    lines = [(way, WAYS[way].one_size, rows) for way, rows in final_rows(results.content).items()]
+    plot_rivals_trained(lines, results.content["whole"], results.path.with_suffix(".png"), args.name.replace("_", " "))
     print(json.dumps({"file": results.path.name, "rows": len(results.rows("rows"))}))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -13,18 +15,33 @@ from torch import Tensor, nn
 from models.elastic import make_elastic
 from models.extraction import extract
 from models.macs import count_macs
+from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
 from studies.budget import Budget
+from studies.common import Batches
+from studies.criteria import importance_by
 from studies.dependency_pruning import Recipe, gradients_of, prune_within
 from studies.rivals_depth import Albert, DepthRule, Shared, SharedDepth, Tleg, Wave
+from studies.rivals_methods import copied
 from studies.rivals_one_size import Gated, Thresholds, folded, idle_share, pruned, shares_of, with_idle
-from studies.rivals_widths import Ladder, NestedRule, ScalaRule, Widths, matformer_sizes, uniform_sizes
+from studies.rivals_widths import Ladder, ScalaRule, matformer_sizes, mixed_sizes, uniform_sizes
 from supernet import Network
 from supernet.contraction import contract_network
 from wpac.refit import refit
 
 Found = dict[float, nn.Module | None]  # share of the MACs -> a plain network, None where the way has none
-Way = Callable[[Budget, list[float]], Found]
+
+
+@dataclass(frozen=True)
+class Way:
+    """run: trains networks for shares of the MACs.  one_size: whether it trains each size by itself.
+
+    trains: whether it trains at all.
+    """
+
+    run: Callable[[Budget, list[float]], Found]
+    one_size: bool = False
+    trains: bool = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,66 +56,49 @@ def untrained(budget: Budget, shares: list[float]) -> Found:
 
 def paper(budget: Budget, shares: list[float]) -> Found:
     """The paper's contraction and PIAD, whose table grows for half of the epochs, with labels."""
-    network = contracted(budget, "paper")
-    model, settings = make_elastic(network.model), budget.settings
-    half = max(1, budget.epochs // 2)
-    rule = ProgressiveDropout(
-        model, budget.proxy(), ratio=settings.dropout_ratio, epochs=half, seed=settings.seed, table=None
-    )
-    network.model = budget.train(model, rule, taught=False)
-    network.table = rule.table
-    budget.spend(once=budget.epochs)
-    return {share: cut_of(network, share) for share in shares}
+    network, settings = contracted(budget, "paper"), budget.settings
+    growing = {"ratio": settings.dropout_ratio, "epochs": max(1, budget.epochs // 2)}
+    rule = rule_of(budget, network, proxy=budget.proxy(), **growing)
+    return sizes_of(budget, network, rule, shares, taught=False)
 
 
 def best(budget: Budget, shares: list[float]) -> Found:
-    """RECIPE=best: the method "best" with its mask table, taught, sizes drawn uniformly in log MACs."""
+    """The method "best" with its mask table, taught; sizes are drawn uniformly in the logarithm of their MACs."""
     network = contracted(budget, "best")
-    model, seed = make_elastic(network.model), budget.settings.seed
-    rule = ProgressiveDropout(
-        model, [], ratio=1.0, epochs=0, seed=seed, table=network.table, sampling="log-macs"
-    )  # fmt: skip
-    network.model = budget.train(model, rule)
-    budget.spend(once=budget.epochs)
-    return {share: cut_of(network, share) for share in shares}
+    return sizes_of(budget, network, rule_of(budget, network, table=network.table, sampling="log-macs"), shares)
 
 
 def scala(budget: Budget, shares: list[float]) -> Found:
-    """Scala's rule on the paper's contraction."""
-    model = make_elastic(contracted(budget, "paper").model)
-    sizes = uniform_sizes(model, min(shares))
-    trained = budget.train(model, ScalaRule(model, sizes, budget.settings.seed), kind=Ladder)
-    budget.spend(once=budget.epochs)
-    return nested(trained, sizes, shares)
+    """Scala's rule on the paper's contraction; the whole network is taught."""
+    network = contracted(budget, "paper")
+    rule = rule_of(budget, network, ScalaRule, table=uniform_sizes(network.model, min(shares)), sizes_per_step=4)
+    return sizes_of(budget, network, rule, shares, training=Ladder)
 
 
 def matformer(budget: Budget, shares: list[float]) -> Found:
-    """MatFormer's rule on the paper's contraction, taught."""
-    model = make_elastic(contracted(budget, "paper").model)
-    sizes = matformer_sizes(model)
-    trained = budget.train(model, NestedRule(model, sizes, budget.settings.seed))
-    budget.spend(once=budget.epochs)
-    return nested(trained, sizes, shares)
+    """MatFormer's rule on the paper's contraction, taught; sizes between the trained ones are mixed."""
+    network = contracted(budget, "paper")
+    rule = rule_of(budget, network, table=matformer_sizes(network.model))
+    return sizes_of(budget, network, rule, shares, table=mixed_sizes(network.model))
 
 
 def shared_depth(kind: type[Shared], budget: Budget, shares: list[float]) -> Found:
     """Blocks from shared weights; each step trains one depth, taught."""
     model = SharedDepth(budget.model, kind)
-    depths = {share: max(1, round(share * model.depth)) for share in shares}
     trained = budget.train(model, DepthRule(model, budget.settings.seed))
-    budget.spend(once=budget.epochs)
-    return {share: trained.plain(depth) for share, depth in depths.items()}
+    budget.spend(for_all_sizes=budget.epochs)
+    return {share: trained.plain(blocks_within(budget, share)) for share in shares}
 
 
 def wave(budget: Budget, shares: list[float]) -> Found:
     """Templates are trained in the whole network; then, for a tenth of the epochs, what each depth has of its own."""
     model, each = SharedDepth(budget.model, Wave), max(1, budget.epochs // 10)
     whole = budget.train(model, epochs=budget.epochs - each)
-    budget.spend(once=budget.epochs - each, each=each)
+    budget.spend(for_all_sizes=budget.epochs - each, for_each_size=each)
     found: Found = {}
     for share in shares:
         own = copy.deepcopy(whole).requires_grad_(True)
-        own.depth = max(1, round(share * len(budget.model.blocks)))
+        own.depth = blocks_within(budget, share)
         for name, parameter in own.named_parameters():
             parameter.requires_grad_(not name.endswith("-templates"))
         found[share] = budget.train(own, epochs=each).plain(own.depth)
@@ -118,7 +118,7 @@ def one_size(budget: Budget, shares: list[float]) -> Found:
         if small is not None:
             refit(network.model, small, images, "logits")
             found[share] = budget.train(small)
-    budget.spend(each=budget.epochs)
+    budget.spend(for_each_size=budget.epochs)
     return found
 
 
@@ -129,9 +129,11 @@ def torch_pruning(recipe: Recipe, budget: Budget, shares: list[float]) -> Found:
     found: Found = {}
     for share in shares:
         limit, example = share * count_macs(budget.model), batches[0][0][:1]
-        small = prune_within(budget.model, gradients, example, limit, recipe) if share < 1 else budget.copied().model
+        small = copy.deepcopy(budget.model)
+        if share < 1:
+            small = prune_within(budget.model, gradients, example, limit, recipe)
         found[share] = None if small is None else budget.train(small)
-    budget.spend(each=budget.epochs)
+    budget.spend(for_each_size=budget.epochs)
     return found
 
 
@@ -139,14 +141,14 @@ def wdpruning(budget: Budget, shares: list[float]) -> Found:
     """Thresholds are trained for half of the epochs, then the plain network that they leave; taught."""
     importance = taylor_of_parts(budget)
     found: Found = {}
-    first = max(1, budget.epochs // 2)
+    first = budget.epochs // 2
     for share in shares:
-        model = Gated(budget.copied().model, importance)
-        more = {"share": share, "shares": shares_of(budget.model)}
-        learned = budget.train(model, kind=Thresholds, more=more, epochs=first)
+        model = Gated(copy.deepcopy(budget.model), importance)
+        fields = {"share": share, "shares": shares_of(budget.model)}
+        learned = budget.train(model, training=Thresholds, fields=fields, epochs=first)
         small = pruned(learned, share)
-        found[share] = None if small is None else budget.train(small, epochs=max(1, budget.epochs - first))
-    budget.spend(each=budget.epochs)
+        found[share] = None if small is None else budget.train(small, epochs=budget.epochs - first)
+    budget.spend(for_each_size=budget.epochs)
     return found
 
 
@@ -158,24 +160,24 @@ def repavit(budget: Budget, shares: list[float]) -> Found:
         idle = idle_share(model, share)
         if idle is not None:
             found[share] = folded(budget.train(with_idle(copy.deepcopy(model), idle)))
-    budget.spend(each=budget.epochs)
+    budget.spend(for_each_size=budget.epochs)
     return found
 
 
-WAYS: dict[str, Way] = {
-    "best, untrained": untrained,
-    "PIAD (the paper)": paper,
-    "RECIPE=best": best,
-    "Scala": scala,
-    "MatFormer": matformer,
-    "ALBERT": partial(shared_depth, Albert),
-    "TLEG": partial(shared_depth, Tleg),
-    "WAVE": wave,
-    "best, one size": one_size,
-    "Torch-Pruning": partial(torch_pruning, Recipe()),
-    "Isomorphic": partial(torch_pruning, Recipe(isomorphic=True)),
-    "WDPruning": wdpruning,
-    "RePaViT": repavit,
+WAYS = {
+    "best, untrained": Way(untrained, trains=False),
+    "PIAD (the paper)": Way(paper),
+    "RECIPE=best": Way(best),
+    "Scala": Way(scala),
+    "MatFormer": Way(matformer),
+    "ALBERT": Way(partial(shared_depth, Albert)),
+    "TLEG": Way(partial(shared_depth, Tleg)),
+    "WAVE": Way(wave),
+    "best, one size": Way(one_size, one_size=True),
+    "Torch-Pruning": Way(partial(torch_pruning, Recipe()), one_size=True),
+    "Isomorphic": Way(partial(torch_pruning, Recipe(isomorphic=True)), one_size=True),
+    "WDPruning": Way(wdpruning, one_size=True),
+    "RePaViT": Way(repavit, one_size=True),
 }
 
 
@@ -185,39 +187,59 @@ WAYS: dict[str, Way] = {
 
 def contracted(budget: Budget, method: str) -> Network:
     """A copy of the network, contracted; with the method "best" it has a mask table."""
-    network, settings = budget.copied(), budget.settings
+    network, settings = copied(budget.network), budget.settings
     ratio = settings.dropout_ratio if method == "best" else None
     contract_network(network, budget.proxy(), method=method, dropout_ratio=ratio)
     return network
 
 
+def rule_of(
+    budget: Budget,
+    network: Network,
+    rule: type[ProgressiveDropout] = ProgressiveDropout,
+    *,
+    proxy: Batches = (),
+    ratio: float = 1.0,
+    epochs: int = 0,
+    table: MaskTable | None = None,
+    **more: Any,
+) -> ProgressiveDropout:
+    """What a step trains; the model of the network is made elastic. By default the table does not grow."""
+    model, seed = make_elastic(network.model), budget.settings.seed
+    return rule(model, proxy, ratio=ratio, epochs=epochs, seed=seed, table=table, **more)
+
+
+def sizes_of(
+    budget: Budget,
+    network: Network,
+    rule: ProgressiveDropout,
+    shares: list[float],
+    table: MaskTable | None = None,
+    **how: Any,
+) -> Found:
+    """Trains the network under a rule for all epochs and cuts the sizes of `table`, or of the rule's."""
+    network.model = budget.train(network.model, rule, **how)
+    network.table = table or rule.table
+    budget.spend(for_all_sizes=budget.epochs)
+    return {share: cut_of(network, share) for share in shares}
+
+
 def cut_of(network: Network, share: float) -> VisionTransformer | None:
     """The largest size of the mask table within a share of the MACs; None where there is none."""
     limit = share * network.macs()
-    if network.macs(len(network.table) - 1) > limit:
+    if network.macs(-1) > limit:
         return None
     return extract(network.model, network.table.widths(network.select(max_macs=limit))).eval()
 
 
-def nested(model: VisionTransformer, sizes: list[Widths], shares: list[float]) -> Found:
-    """The largest of the sizes within each share of the MACs."""
-    macs, whole = [count_macs(model, widths) for widths in sizes], count_macs(model)
-    found: Found = {}
-    for share in shares:
-        fitting = [place for place, amount in enumerate(macs) if amount <= share * whole]
-        found[share] = extract(model, sizes[fitting[0]]).eval() if fitting else None
-    return found
+def blocks_within(budget: Budget, share: float) -> int:
+    """The number of blocks that is nearest to a share of them, 1 at least."""
+    return max(1, round(share * len(budget.model.blocks)))
 
 
 def taylor_of_parts(budget: Budget) -> dict[str, Tensor]:
-    """kind -> (L, parts): what the loss would change, to first order, without a head or a hidden unit; squared."""
-    model = budget.model
-    gradients = gradients_of(model, budget.proxy(), "ce", "logits")
-    named = {name: (p.detach() * g) for (name, p), g in zip(model.named_parameters(), gradients, strict=True)}
-    heads = [named[f"blocks.{i}.attn.proj.weight"].sum(0) for i in range(len(model.blocks))]
-    units = [named[f"blocks.{i}.mlp.fc2.weight"].sum(0) for i in range(len(model.blocks))]
-    number = model.blocks[0].attn.num_heads
-    return {
-        "heads": torch.stack(heads).unflatten(1, (number, -1)).sum(2).square(),
-        "units": torch.stack(units).square(),
-    }
+    """Kind -> (L, parts): the Taylor importance of the cross-entropy, summed over q, k, v and dims for a head."""
+    importance = importance_by("taylor", copy.deepcopy(budget.model), budget.proxy(), "ce")
+    blocks = range(len(budget.model.blocks))
+    heads = torch.stack([importance[f"{index}.attn"].sum((0, 2)) for index in blocks])
+    return {"heads": heads, "units": torch.stack([importance[f"{index}.mlp"] for index in blocks])}
