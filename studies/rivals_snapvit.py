@@ -6,6 +6,7 @@ Simoncini, Dorkenwald, Blankevoort, Snoek, Asano: Elastic ViTs from Pretrained M
    of a unit (its row of fc1) or of a head (its rows of v). It needs neither labels nor a head.
 2. Multipliers: an importance is multiplied by a number for the MLP of each block, and for each head. An evolution
    strategy (xNES) looks for those with which the pooled outputs of four cut networks are nearest to the whole one's.
+   The search runs them in bfloat16.
 3. Units are then ranked over all blocks, and so are heads; each block keeps a few.
 4. Correction: in running order, the last layers of the branches predict what they lost by least squares, as SparseGPT
    does, on inputs that are not centred.
@@ -229,7 +230,8 @@ def fitness_of(
 
     @torch.inference_mode()
     def outputs(network: VisionTransformer) -> Tensor:
-        return torch.cat([output_of(network, images, "features") for images in batches]).double()
+        with torch.autocast(batches[0].device.type, dtype=torch.bfloat16):  # float64 stays as it is
+            return torch.cat([output_of(network, images, "features") for images in batches]).double()
 
     whole = outputs(model)
     mean, axes = whole.mean(0), torch.eye(whole.shape[1]).to(whole)

@@ -1,4 +1,4 @@
-"""docs/RESULTS.md contains every line of the tables that the studies make of docs/results/*.json."""
+"""docs/RESULTS.md and COMPARISON.md contain the tables that the studies make of docs/results/*.json."""
 
 from __future__ import annotations
 
@@ -9,9 +9,21 @@ import pytest
 from programs import ROOT
 
 from benchmarks import backbones, latency
-from studies import alternatives, contraction, devices, encoders, recipes, regimes, training, truncation
+from studies import (
+    alternatives,
+    contraction,
+    devices,
+    encoders,
+    quantized,
+    recipes,
+    regimes,
+    rivals,
+    rivals_trained,
+    training,
+    truncation,
+)
 
-RESULTS = (ROOT / "docs" / "RESULTS.md").read_text()
+RESULTS = "".join((ROOT / "docs" / name).read_text() for name in ("RESULTS.md", "COMPARISON.md"))
 FOLDER = ROOT / "docs" / "results"
 TABLES = {
     "backbones.json": backbones.markdown,
@@ -33,6 +45,9 @@ TABLES = {
     "encoders_saliency_encoder_features.json": encoders.markdown,
     "encoders_random_dinov3.json": encoders.markdown,
     "encoders_random_siglip.json": encoders.markdown,
+    "quantized_vit_small_cifar10.json": quantized.markdown,
+    "rivals_vit_small_cifar10.json": rivals.markdown,
+    "rivals_trained_digits.json": rivals_trained.markdown,
 }
 
 
