@@ -163,7 +163,8 @@ def plot_quantized(rows: list[dict[str, Any]], keys: list[str], path: Path, titl
             look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.2}
             axes.plot([row["milliseconds"] for row in own], [row[key] for row in own], label=dtype, **look)
         axes.set(xlabel=f"milliseconds for {batch} image{'s' if batch > 1 else ''}")
-        axes.set(ylabel=MEASURES[key].label + (MEASURES[key].suffix and f", {MEASURES[key].unit}"))
+        unit = MEASURES[key].suffix and f", {MEASURES[key].unit}"
+        axes.set_ylabel(MEASURES[key].label + unit, fontsize=8)
         axes.set_yscale("log" if key == "kl" else "linear")
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
