@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -38,7 +37,14 @@ from files import load_checkpoint
 from models.backbone import create_backbone, full_widths
 from models.macs import count_macs
 from piad.mask_table import MaskTable
-from studies.common import Results, facts_of, model_and_data_flags, parse_training_arguments, run_entry_point
+from studies.common import (
+    Results,
+    facts_of,
+    mean_and_range,
+    model_and_data_flags,
+    parse_training_arguments,
+    run_entry_point,
+)
 from studies.dependency_pruning import prune
 from studies.plots import plot_alternatives
 from supernet import Network
@@ -193,7 +199,7 @@ def markdown(results: dict[str, Any]) -> str:
             own = [row for row in results["rows"] if (row["way"], row["epochs"]) == (way, epochs)]
             if own:
                 values = [[row["top1"] for row in own if row["size"] == size] for size in SHARES]
-                cells = [way, str(len({row["seed"] for row in own})), str(epochs), *map(_cell, values)]
+                cells = [way, str(len({row["seed"] for row in own})), str(epochs), *map(mean_and_range, values)]
                 cells.append(f"{cost_of(own):,}")
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -208,11 +214,6 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draws the top-1 and the training cost of all ways."""
     costs = {way: cost_of([row for row in rows if row["way"] == way]) for way in WAYS}
     plot_alternatives(rows, WAYS, costs, path, title)
-
-
-def _cell(values: list[float]) -> str:
-    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}" if values else ""
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:

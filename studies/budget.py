@@ -1,4 +1,4 @@
-"""What a way of compression may spend in studies.rivals_trained: images, a teacher, a number of epochs."""
+"""What every method of studies.rivals_trained may use: the same network, images, teacher and number of epochs."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Rule(Protocol):
 
 @dataclass
 class Budget:
-    """What all ways start from and may use, at one learning rate and with one seed.
+    """What a method starts from and may use, at one learning rate and with one seed.
 
-    network: pre-trained, as it is; ways copy it.  images: with labels.  settings: main.py's flags; those of the
-    teacher, which is the network as it is, apply where a way is taught.  images_for_all_sizes, images_for_each_size:
-    how many images have been trained on so far, once for all sizes, and for one of several that are trained alone.
+    network: pre-trained; methods change copies of it.  images: with labels.  settings: the arguments of main.py; the
+    teacher, where there is one, is the network.  images_for_all_sizes: the number of images that were trained on once,
+    for all sizes together.  images_for_each_size: the number for each size that is trained by itself.
     """
 
     network: Network
@@ -78,8 +78,9 @@ class Budget:
     ) -> nn.Module:
         """Trains a model in place and returns its averaged weights as a model, in eval mode.
 
-        rule: what each step trains, None for the model as it is.  taught: whether the teacher is used.  training: a
-        subclass with another loss, and fields: its further fields.  epochs: instead of all.
+        rule: chooses the size that each step trains; without it, the whole model is trained.  taught: whether there is
+        a teacher.  training: a subclass with another loss.  fields: values for the fields that the subclass adds.
+        epochs: default: those of the settings.
         """
         settings, epochs = self.settings, self.epochs if epochs is None else epochs
         loader = TrainLoader(
@@ -119,6 +120,6 @@ class Budget:
         return (model if held.ema is None else held.ema.module).eval()
 
     def spend(self, for_all_sizes: float = 0, for_each_size: float = 0) -> None:
-        """Notes epochs of training."""
+        """Adds the images of this many epochs to what was trained on."""
         self.images_for_all_sizes += round(for_all_sizes * len(self.images))
         self.images_for_each_size += round(for_each_size * len(self.images))

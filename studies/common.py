@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -25,6 +26,7 @@ from supernet import Network
 
 RESULTS = ROOT / "docs" / "results"
 Batches = list[tuple[Tensor, Tensor]]
+T = TypeVar("T")
 
 
 class Results:
@@ -111,10 +113,16 @@ def facts_of(network: Network) -> dict[str, Any]:
     }
 
 
-def run_entry_point(main: Callable[[], None], *arguments: object) -> None:
-    """Runs the main() of a program with these command-line arguments."""
+def run_entry_point(main: Callable[[], T], *arguments: object) -> T:
+    """What a main() or a parser of arguments returns when it is called with these command-line arguments."""
     with mock.patch.object(sys, "argv", [sys.argv[0], *map(str, arguments)]):
-        main()
+        return main()
+
+
+def mean_and_range(values: list[float]) -> str:
+    """The mean of the values, and in brackets their range if there are several: "97.2 (96.9 to 97.5)"."""
+    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}" if values else ""
 
 
 def model_and_data_flags(args: argparse.Namespace) -> list[object]:

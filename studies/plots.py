@@ -193,10 +193,8 @@ def plot_rivals(
             own = [row for row in rows if row["method"] == method]
             points = [[row for row in own if row["size"] == size] for size in {row["size"]: None for row in own}]
             points.sort(key=lambda group: _mean(group, "macs_share"))
-            look = {"color": COLOURS[style % len(COLOURS)], "linestyle": "--" if style >= len(COLOURS) else "-"}
-            look |= {"marker": MARKERS[(style + style // len(COLOURS)) % len(MARKERS)], "markersize": 4}
             x, y = ([_mean(group, key) for group in points] for key in ("macs_share", measure))
-            axes.plot([100 * share for share in x], y, label=method, linewidth=1.2, **look)
+            axes.plot([100 * share for share in x], y, label=method, **_one_of_many(style))
         axes.set(xlabel="MACs, % of the whole network's", ylabel=labels[measure])
         axes.set_yscale("log" if measure == "kl" else "linear")
         axes.grid(alpha=0.3)
@@ -220,10 +218,8 @@ def plot_rivals_trained(
     figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
     for style, (way, one_size, rows) in enumerate(lines):
         parts = [part for part, share in rows[0]["macs_share"].items() if share is not None]
-        look = {"color": COLOURS[style % len(COLOURS)], "linestyle": "--" if style >= len(COLOURS) else "-"}
-        look |= {"marker": MARKERS[(style + style // len(COLOURS)) % len(MARKERS)], "markersize": 4}
         x, y = ([sum(row[name][part] for row in rows) / len(rows) for part in parts] for name in ("macs_share", "top1"))
-        panels[int(one_size)].plot([100 * share for share in x], y, label=way, linewidth=1.2, **look)
+        panels[int(one_size)].plot([100 * share for share in x], y, label=way, **_one_of_many(style))
     for axes, name in zip(panels, ("one network for all sizes", "one size at a time"), strict=True):
         axes.axhline(whole["top1"], color="black", linewidth=0.8, linestyle=":")
         axes.set(xlabel="MACs, % of the whole network's", title=name)
@@ -270,6 +266,14 @@ def _draw_line(
         if spread:
             limits = [[bound([row[key] for row in rows]) for rows in points] for bound in (min, max)]
             axes.vlines(x, *limits, color=look["color"], linewidth=1.2)
+
+
+def _one_of_many(style: int) -> dict[str, Any]:
+    """How a line looks where there are more lines than colours: those after the first round are dashed."""
+    rounds, colour = divmod(style, len(COLOURS))
+    marker = MARKERS[(style + rounds) % len(MARKERS)]
+    look = {"color": COLOURS[colour], "linestyle": "--" if rounds else "-", "marker": marker}
+    return look | {"markersize": 4, "linewidth": 1.2}
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> float:

@@ -15,11 +15,9 @@ import argparse
 import copy
 import json
 import statistics
-import sys
 import time
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 from timm.scheduler import create_scheduler_v2
@@ -36,7 +34,14 @@ from models.backbone import Backbone
 from models.elastic import make_elastic, make_plain, set_widths
 from piad.distillation import BlockTokens, divergence, mean_distance
 from studies.choices import RECIPES, Codes, Recipe
-from studies.common import Results, facts_of, model_and_data_flags, parse_training_arguments
+from studies.common import (
+    Results,
+    facts_of,
+    mean_and_range,
+    model_and_data_flags,
+    parse_training_arguments,
+    run_entry_point,
+)
 from supernet import Network
 from supernet.contraction import contract_network
 from training import Training
@@ -52,8 +57,7 @@ class Study:
     def __init__(self, args: argparse.Namespace, flags: list[str]):
         self.args, self.device = args, init_processes(args)
         words = [*model_and_data_flags(args), "--epochs", args.epochs, *flags]
-        with mock.patch.object(sys, "argv", [sys.argv[0], *map(str, words)]):
-            self.settings = parse_main_arguments()
+        self.settings = run_entry_point(parse_main_arguments, *words)
         self.images, val = open_splits(args.data_set, args.data_path, index=args.index)
         self.start = self.open(compensated=False)
         self.teacher = self.start.model.eval().requires_grad_(False)
@@ -225,13 +229,8 @@ def markdown(results: dict[str, Any]) -> str:
 def line(name: str, runs: list[dict[str, Any]], shares: list[str], seeds: str | None = None) -> str:
     """A line of a table; runs: what measure() returned of each seed."""
     kl = statistics.mean(value for run in runs for value in run["kl"].values())
-    cells = [cell([run["top1"][part] for run in runs]) for part in shares]
+    cells = [mean_and_range([run["top1"][part] for run in runs]) for part in shares]
     return f"| {' | '.join([name, str(len(runs)) if seeds is None else seeds, *cells, f'{kl:.4f}'])} |"
-
-
-def cell(values: list[float]) -> str:
-    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:

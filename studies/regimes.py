@@ -32,7 +32,14 @@ from datasets import eval_loader, open_splits
 from engine import evaluate
 from models.backbone import modules_of
 from piad import dropout_list, importance
-from studies.common import Results, facts_of, model_and_data_flags, parse_training_arguments, run_entry_point
+from studies.common import (
+    Results,
+    facts_of,
+    mean_and_range,
+    model_and_data_flags,
+    parse_training_arguments,
+    run_entry_point,
+)
 from studies.plots import plot_regimes
 from utils import init_processes, progress_bar, run_program
 
@@ -175,7 +182,8 @@ def markdown(results: dict[str, Any]) -> str:
         for epochs, row in sorted({(r["epochs"], row_of(r)) for r in own}, key=lambda g: (g[0], order.index(g[1]))):
             same = [r for r in own if row_of(r) == row and r["epochs"] == epochs]
             label = [row.choice or "as it is"] if chosen else [row.regime, row.weights]
-            cells = [*label, str(len(same)), str(epochs), *(_cell([r["top1"][name] for r in same]) for name in SHARES)]
+            values = [[r["top1"][name] for r in same] for name in SHARES]
+            cells = [*label, str(len(same)), str(epochs), *map(mean_and_range, values)]
             cells += [] if chosen else ["{} / {}".format(*PAPER[row.regime]) if row.weights == "contracted" else ""]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
@@ -185,11 +193,6 @@ def markdown(results: dict[str, Any]) -> str:
 def row_of(result: dict[str, Any]) -> Row:
     """The Row that a result is of."""
     return Row(result["regime"], result["weights"], result["choice"])
-
-
-def _cell(values: list[float]) -> str:
-    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:

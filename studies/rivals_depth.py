@@ -1,4 +1,4 @@
-"""Networks of any depth whose blocks are made from shared weights: sharing as in ALBERT, TLEG, WAVE.
+"""Networks of any depth whose blocks are made from shared weights, as in ALBERT, TLEG and WAVE.
 
 Lan et al.: ALBERT: A Lite BERT for Self-supervised Learning of Language Representations, ICLR 2020: one block for all.
 Xia et al.: Transformer as Linear Expansion of Learngene, AAAI 2024 (TLEG): blocks are a linear function of their place.
@@ -6,10 +6,10 @@ Feng et al.: WAVE: Weight Templates for Adaptive Initialization of Variable-size
 of Kronecker products of templates, which all blocks share, and small scalers of its own.
 
 All start from the blocks of a pre-trained network, by least squares: from their mean, from the line through them, and
-from the templates that come nearest to them. These are their ways of sharing, made into networks of any depth: ALBERT
-has one depth; TLEG trains one depth, and then each network of another depth on its own, without the line; WAVE trains
-templates in one network, then new scalers for each other size, and then each size on its own. Here the weights stay
-shared, and depth alone differs.
+from the templates that come nearest to them. Only the way of sharing is theirs. In the papers, ALBERT has one depth;
+TLEG trains a network of one depth, then trains each network of another depth without the linear rule; WAVE trains
+templates in one network, then new scalers for each other size, and then each size by itself. Here the weights stay
+shared, and the sizes differ only in depth.
 
 L blocks of the whole network, D embedding.
 """
@@ -171,4 +171,5 @@ class DepthRule:
         return self.model.depth
 
     def step_scalars(self) -> dict[str, float]:
+        """There is nothing to log."""
         return {}

@@ -57,10 +57,7 @@ def best(task: Task, steps: int | None = None) -> Cutter:
     def cut(size: Size) -> VisionTransformer | None:
         widths = widths_without(network.model, size)
         if size.macs is not None:
-            limit = size.macs * network.macs()
-            smallest = network.table.widths(len(network.table) - 1)
-            reached = count_macs(network.model, smallest) <= limit
-            widths = network.table.widths(network.select(max_macs=limit)) if reached else None
+            widths = widths_within(network, size.macs)
         small = None if widths is None else extract(network.model, widths)
         if small is not None and steps is not None:
             refit(network.model, small, task.images, network.target, steps, task.seed)
@@ -107,6 +104,12 @@ METHODS: dict[str, Callable[[Task], Cutter]] = {
 def copied(network: Network) -> Network:
     """The network with a model of its own, to be contracted."""
     return replace(network, model=copy.deepcopy(network.model))
+
+
+def widths_within(network: Network, share: float) -> dict[str, int] | None:
+    """The widths of the largest size within a share of the MACs; None if every size of the mask table has more."""
+    limit = share * network.macs()
+    return network.table.widths(network.select(max_macs=limit)) if network.macs(-1) <= limit else None
 
 
 def uniform(model: Backbone, size: Size) -> VisionTransformer | None:

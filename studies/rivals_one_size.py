@@ -24,7 +24,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.backbone import full_widths
+from models.backbone import full_widths, modules_of
 from models.extraction import extract
 from models.macs import count_macs
 from studies.rivals_cut import keep_heads, keep_units, linear
@@ -65,8 +65,7 @@ class FoldedMlp(nn.Module):
 
 def idle_share(model: VisionTransformer, share: float) -> float | None:
     """The smallest share of idle units whose folded network has at most a share of the MACs; None where none has."""
-    tokens, D = model.pos_embed.shape[1], model.embed_dim
-    matrices = len(model.blocks) * tokens * D * D
+    matrices = len(model.blocks) * modules_of(model)["0.mlp"].tokens * model.embed_dim**2  # MACs of all D x D
 
     def macs(idle: float) -> int:
         units = sum(block.mlp.fc2.in_features - active_units(block.mlp, idle) for block in model.blocks)

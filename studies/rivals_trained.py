@@ -20,11 +20,8 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import statistics
-import sys
 import time
 from typing import Any
-from unittest import mock
 
 from torch import nn
 
@@ -34,14 +31,21 @@ from datasets import Images, eval_loader, open_splits
 from engine import evaluate
 from main_arguments import parse_main_arguments
 from studies.budget import Budget
-from studies.common import Results, facts_of, model_and_data_flags, parse_training_arguments
+from studies.common import (
+    Results,
+    facts_of,
+    mean_and_range,
+    model_and_data_flags,
+    parse_training_arguments,
+    run_entry_point,
+)
 from studies.plots import plot_rivals_trained
 from studies.rivals_cut import check_plain
 from studies.rivals_task import macs_of
 from studies.rivals_ways import WAYS
 from utils import UserError, init_processes, progress_bar, run_program
 
-# Flags of main.py that not every way could follow, and what they are otherwise.
+# Flags of main.py that some of the ways cannot follow, and their defaults.
 NOT_FOR_ALL = {"freeze_embedding": False, "distillation_tokens": 0.0, "grad_checkpointing": False, "drop_path": 0.0}
 NOT_FOR_ALL |= {"grad_accum_steps": 1, "sizes_per_step": 1, "compile": None}
 TEACHER = "--teacher-model self --distillation-type soft --distillation-alpha"
@@ -70,9 +74,9 @@ class Study:
         return evaluate(model.to(self.device).eval(), loader, self.device)["top1"]
 
     def rates(self, way: str) -> dict[float, float]:
-        """Share -> the best learning rate by the images that are held out; the same for all unless sizes train alone.
+        """Share of the MACs -> the learning rate with the best top-1 on held-out training images.
 
-        The best is that of the highest mean top-1 over the sizes for which it holds.
+        Where one network is trained for all sizes, it is the one with the best mean top-1.
         """
         if not WAYS[way].trains:
             return dict.fromkeys(self.args.shares, 0.0)
@@ -93,9 +97,9 @@ class Study:
     def run(
         self, way: str, seed: int, rates: dict[float, float], images: Images, val: Images | None = None
     ) -> dict[str, Any]:
-        """The row of a training, which is only run if there is none.
+        """Returns the result of a training. If the results file has it already, nothing is trained.
 
-        rates: share -> learning rate.  images: to train on.  val: what is measured on, None for val/.
+        rates: share -> learning rate.  images: to train on.  val: the images to measure on, None for those of val/.
         """
         measured_on = "val" if val is None else "held-out training images"
         named = {f"{part:.3g}": lr for part, lr in rates.items()}
@@ -120,15 +124,14 @@ class Study:
 
 
 def settings_of(args: argparse.Namespace, flags: list[str]) -> argparse.Namespace:
-    """What main.py's flags say. Raises UserError for those that not every way could follow."""
+    """The arguments of main.py for a training. Raises UserError for flags that some of the ways cannot follow."""
     words = [*model_and_data_flags(args), "--epochs", args.epochs, "--dropout-ratio", args.dropout_ratio]
     words += [*shlex.split(TEACHER), args.alpha, *flags]
-    with mock.patch.object(sys, "argv", [sys.argv[0], *map(str, words)]):
-        settings = parse_main_arguments()
+    settings = run_entry_point(parse_main_arguments, *words)
     given = [name for name, default in NOT_FOR_ALL.items() if getattr(settings, name) != default]
     if given:
         flag = f"--{given[0].replace('_', '-')}"
-        raise UserError(f"{flag} {getattr(settings, given[0])} is not for all of these ways: leave it out")
+        raise UserError(f"{flag} {getattr(settings, given[0])} does not work for all of these ways: leave it out")
     if args.epochs < 2:
         raise UserError("--epochs 1: some ways train in two parts, so give 2 or more")
     if args.alpha >= 1:
@@ -137,7 +140,7 @@ def settings_of(args: argparse.Namespace, flags: list[str]) -> argparse.Namespac
 
 
 def final_rows(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Way -> the rows of its seeds on val/, for the setup and the learning rates of its last row."""
+    """Way -> the rows to show, one per seed: measured on val/, with the flags and learning rates of the newest row."""
     rows = [row for row in results["rows"] if row["measured on"] == "val"]
     setup = {name: rows[-1][name] for name in ("epochs", "alpha", "dropout_ratio", "flags")} if rows else {}
     rows = [row for row in rows if all(row[name] == value for name, value in setup.items())]
@@ -165,9 +168,8 @@ def _cell(rows: list[dict[str, Any]], part: str) -> str:
     values, macs_share = [row["top1"][part] for row in rows], rows[0]["macs_share"][part]
     if None in values:
         return ""
-    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
     off = abs(macs_share / float(part) - 1) > 0.05
-    return f"{statistics.mean(values):.1f}{spread}" + (f" at {macs_share:.3f}" if off else "")
+    return mean_and_range(values) + (f" at {macs_share:.3f}" if off else "")
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:

@@ -1,4 +1,8 @@
-"""The ways that studies.rivals_trained compares: each takes a budget and gives a network for each share of the MACs."""
+"""The ways (methods) that studies.rivals_trained compares.
+
+Each takes a budget and returns a network for each share of the MACs. "Taught" means that the whole network before
+training is the teacher.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +26,14 @@ from studies.common import Batches
 from studies.criteria import importance_by
 from studies.dependency_pruning import Recipe, gradients_of, prune_within
 from studies.rivals_depth import Albert, DepthRule, Shared, SharedDepth, Tleg, Wave
-from studies.rivals_methods import copied
+from studies.rivals_methods import copied, widths_within
 from studies.rivals_one_size import Gated, Thresholds, folded, idle_share, pruned, shares_of, with_idle
 from studies.rivals_widths import Ladder, ScalaRule, matformer_sizes, mixed_sizes, uniform_sizes
 from supernet import Network
 from supernet.contraction import contract_network
 from wpac.refit import refit
 
-Found = dict[float, nn.Module | None]  # share of the MACs -> a plain network, None where the way has none
+Found = dict[float, nn.Module | None]  # share of the MACs -> a plain network, None if the way cannot make that size
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Way:
 
 
 def untrained(budget: Budget, shares: list[float]) -> Found:
-    """The method "best", as it is cut."""
+    """The method "best", compensated and not trained."""
     network = contracted(budget, "best")
     return {share: cut_of(network, share) for share in shares}
 
@@ -91,7 +95,7 @@ def shared_depth(kind: type[Shared], budget: Budget, shares: list[float]) -> Fou
 
 
 def wave(budget: Budget, shares: list[float]) -> Found:
-    """Templates are trained in the whole network; then, for a tenth of the epochs, what each depth has of its own."""
+    """Trains templates in the whole network, then for a tenth of the epochs the rest of each depth; taught."""
     model, each = SharedDepth(budget.model, Wave), max(1, budget.epochs // 10)
     whole = budget.train(model, epochs=budget.epochs - each)
     budget.spend(for_all_sizes=budget.epochs - each, for_each_size=each)
@@ -138,7 +142,7 @@ def torch_pruning(recipe: Recipe, budget: Budget, shares: list[float]) -> Found:
 
 
 def wdpruning(budget: Budget, shares: list[float]) -> Found:
-    """Thresholds are trained for half of the epochs, then the plain network that they leave; taught."""
+    """Trains thresholds for half of the epochs, then the network that they leave; taught."""
     importance = taylor_of_parts(budget)
     found: Found = {}
     first = budget.epochs // 2
@@ -153,7 +157,7 @@ def wdpruning(budget: Budget, shares: list[float]) -> Found:
 
 
 def repavit(budget: Budget, shares: list[float]) -> Found:
-    """The units that matter least, by the paper's contraction, are idle in training; then they are folded; taught."""
+    """Trains with the least important units idle, in the order of the paper's contraction, then folds them; taught."""
     model = contracted(budget, "paper").model
     found: Found = {}
     for share in shares:
@@ -204,7 +208,7 @@ def rule_of(
     table: MaskTable | None = None,
     **more: Any,
 ) -> ProgressiveDropout:
-    """What a step trains; the model of the network is made elastic. By default the table does not grow."""
+    """Makes the model of the network elastic and returns the rule of its training. By default the table stays fixed."""
     model, seed = make_elastic(network.model), budget.settings.seed
     return rule(model, proxy, ratio=ratio, epochs=epochs, seed=seed, table=table, **more)
 
@@ -225,15 +229,13 @@ def sizes_of(
 
 
 def cut_of(network: Network, share: float) -> VisionTransformer | None:
-    """The largest size of the mask table within a share of the MACs; None where there is none."""
-    limit = share * network.macs()
-    if network.macs(-1) > limit:
-        return None
-    return extract(network.model, network.table.widths(network.select(max_macs=limit))).eval()
+    """The largest sub-network within a share of the MACs; None if every size of the mask table has more."""
+    widths = widths_within(network, share)
+    return None if widths is None else extract(network.model, widths).eval()
 
 
 def blocks_within(budget: Budget, share: float) -> int:
-    """The number of blocks that is nearest to a share of them, 1 at least."""
+    """The share of the network's blocks, rounded; at least 1."""
     return max(1, round(share * len(budget.model.blocks)))
 
 

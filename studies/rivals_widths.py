@@ -55,9 +55,9 @@ def mixed_sizes(model: VisionTransformer) -> MaskTable:
 
 
 class ScalaRule(ProgressiveDropout):
-    """A step trains the whole network, a size of the larger half, one of the smaller half, and the smallest.
+    """A step trains the whole network, one of the larger sizes, one of the smaller sizes, and the smallest.
 
-    In this order, which the Ladder needs.
+    They come in this order, which Ladder needs.
     """
 
     def choose(self, *, epoch: int, step: int, rank: int, number: int = 0) -> int:
@@ -72,7 +72,7 @@ class ScalaRule(ProgressiveDropout):
 
 @dataclass
 class Ladder(Training):
-    """The first size of a step learns as in Training; each after it from the one before and from the labels.
+    """The first size of a step has the loss of Training; each other size learns from the one before it and from labels.
 
     taught_by_larger: the share of the loss that comes from the larger size.
     """
@@ -81,7 +81,7 @@ class Ladder(Training):
     larger: Tensor | None = None
 
     def expected(self, images: Tensor) -> dict[str, Tensor] | None:
-        """Begins a batch, whose first size has no larger one; returns what the teacher expects."""
+        """Forgets the sizes of the last batch; returns what the teacher gives for the images of the next one."""
         self.larger = None
         return super().expected(images)
 

@@ -33,7 +33,14 @@ from benchmarks.common import describe_machine
 from datasets import eval_loader, open_splits, proxy_set
 from engine import evaluate
 from models.backbone import Backbone
-from studies.common import Results, facts_of, model_and_data_flags, parse_training_arguments, run_entry_point
+from studies.common import (
+    Results,
+    facts_of,
+    mean_and_range,
+    model_and_data_flags,
+    parse_training_arguments,
+    run_entry_point,
+)
 from studies.plots import plot_curves
 from supernet import Network
 from utils import init_processes, progress_bar, run_program
@@ -153,7 +160,7 @@ def markdown(results: dict[str, Any]) -> str:
             own = [row for row in rows if row["way"] == way and row["epoch"] in (0, epochs)]
             if own:
                 trained = own[0]["epoch"] * results["images"] * (SIZES if way.startswith("one size") else 1)
-                cells = [_cell([row["top1"][part] for row in own]) for part in shares]
+                cells = [mean_and_range([row["top1"][part] for row in own]) for part in shares]
                 lines.append(f"| {' | '.join([way, str(len(own)), *cells, f'{trained:,}'])} |")
         lines += ["", "| epochs until the mean is what `paper` ends with | " + " | ".join(shares) + " |"]
         lines.append("|---" * (len(shares) + 1) + "|")
@@ -162,11 +169,6 @@ def markdown(results: dict[str, Any]) -> str:
             lines.append(f"| {way} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines).strip()
-
-
-def _cell(values: list[float]) -> str:
-    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def curve(rows: list[dict[str, Any]], way: str, part: str) -> dict[int, float]:

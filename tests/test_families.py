@@ -14,11 +14,13 @@ import torch
 from hypothesis import given, settings
 from programs import load_subnetwork, run, save_subnetwork
 from timm.layers import SwiGLU, SwiGLUPacked
+from timm.utils import AverageMeter
 from tiny import PLAIN, SHAPE, batches, draw_parameters, random_data, relative, widths_strategy
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from engine import train_one_epoch
 from main_training import start_training
 from models.backbone import blocks_of, create_backbone, first_layers, full_widths, modules_of, value_layer
 from models.elastic import make_elastic, set_widths
@@ -30,6 +32,7 @@ from piad.progressive import ProgressiveDropout
 from studies.criteria import CRITERIA, EqualTokens, importance_by, sort_dims
 from supernet.facts import stamp_of
 from supernet.formats import Size
+from training import Training
 from wpac.compensation import compensate, load_compensation, save_compensation
 from wpac.statistics import collect_statistics
 from wpac.transform import contract
@@ -369,14 +372,28 @@ def test_the_whole_road_on_digits(name, shape, tmp_path: Path):
         assert config["macs_linear"] == count_macs(small) == row["macs_linear"]
 
 
-def test_both_heads_of_a_distilled_deit_learn():
-    images, targets = random_data(4)
-    model = make_elastic(draw_parameters(create_backbone("deit_tiny_distilled_patch16_224", **SHAPE).double()))
+def training_of(model: nn.Module, channels_last: bool = False) -> Training:
     args = Namespace(lr=0.1, batch_size=4, opt="sgd", weight_decay=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, amp=None)
     args.ema_decay, args.clip_grad, args.seed, args.distillation_type = 0.0, None, 0, "none"
     args.grad_accum_steps, args.grad_checkpointing, args.compile, args.freeze_embedding = 1, False, None, False
-    args.channels_last = False
-    training = start_training(args, model, 7, torch.device("cpu"))
+    args.channels_last = channels_last
+    return start_training(args, model, 7, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_and_weights_have_the_same_layout_in_memory(channels_last: bool):
+    model, seen = create_backbone(PLAIN, **SHAPE).double(), []
+    training = training_of(model, channels_last)
+    in_layout = partial(Tensor.is_contiguous, memory_format=torch.channels_last)
+    model.patch_embed.register_forward_pre_hook(lambda _layer, inputs: seen.append(in_layout(inputs[0])))
+    train_one_epoch(training, [random_data(4)], 0, steps=1, losses=AverageMeter())
+    assert seen == [channels_last] and in_layout(model.patch_embed.proj.weight) == channels_last
+
+
+def test_both_heads_of_a_distilled_deit_learn():
+    images, targets = random_data(4)
+    model = make_elastic(draw_parameters(create_backbone("deit_tiny_distilled_patch16_224", **SHAPE).double()))
+    training = training_of(model)
     set_widths(model, some_widths(model))
     model.train()
     loss = training.loss_fn(model(images), targets)

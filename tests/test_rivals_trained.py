@@ -286,7 +286,7 @@ def test_the_program_measures_every_way(tmp_path: Path, monkeypatch: pytest.Monk
     [
         (["--epochs", 1], "--epochs 1: some ways train in two parts, so give 2 or more"),
         (["--epochs", 2, "--alpha", 1], "--alpha 1: some ways learn from labels alone"),
-        (["--epochs", 2, "--", "--freeze-embedding"], "--freeze-embedding True is not for all of these ways"),
+        (["--epochs", 2, "--", "--freeze-embedding"], "--freeze-embedding True does not work for all of these ways"),
     ],
 )
 def test_what_not_every_way_can_follow_is_one_line(flags: list, said: str, tmp_path: Path):
