@@ -40,7 +40,7 @@ fi
 if [ "$RECIPE" = best ]; then
     CHECKPOINT=${CHECKPOINT:-$OUTPUT/reparamed/$NAME}
     [ -f "$CHECKPOINT/mask_table.json" ] || [ "$DATA_SET" != digits ] || run_script run_reparam.sh METHOD=best
-    set -- --progressive-epochs 0 --op-code-sampling log-macs --sched-on-updates \
+    set -- --progressive-epochs 0 --op-code-sampling inverse-macs --sched-on-updates \
         --teacher-model self --distillation-type soft --distillation-alpha "$ALPHA" --distillation-tokens "$TOKENS" \
         --sizes-per-step "$SIZES_PER_STEP" ${FREEZE:+"$FREEZE"}
 else

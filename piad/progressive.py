@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from utils import is_main_process
 from .dropout_list import grow, units_of
 from .importance import Batches, importance_of_dims
 from .mask_table import MASK_TABLE, MaskTable
-from .sampling import draw_by_log_macs, draw_op_code, generator_of
+from .sampling import SCALES, draw_by_scale, draw_op_code, generator_of
 
 
 class ProgressiveDropout:
@@ -35,7 +34,8 @@ class ProgressiveDropout:
         seed: Seed of the draws.
         table: Table to go on with, None to start with the whole network. Its widths need not be those of whole units:
             tables for a device have other units.
-        sampling: "uniform" draws op codes uniformly, "log-macs" uniformly in the logarithm of their MACs.
+        sampling: "uniform" draws op codes uniformly, "log-macs" uniformly in the logarithm of their MACs,
+            "inverse-macs" uniformly in 1 / MACs.
         per_rank: Each rank draws its own op code. Otherwise all ranks train the same sub-network at a step, so that
             none waits for a larger one.
         sizes_per_step: Sub-networks that a step trains on its images, each drawn from its own part of the sizes.
@@ -60,7 +60,7 @@ class ProgressiveDropout:
         self.model, self.proxy = model, proxy
         self.ratio, self.epochs, self.seed = ratio, epochs, seed
         self.sampling, self.per_rank, self.sizes_per_step = sampling, per_rank, sizes_per_step
-        self.log_macs: list[float] = []  # of each op code, for the law that needs them
+        self.scale: list[float] = []  # of each op code, see piad.sampling.SCALES
         self.units = units_of(model)
         self.network_macs = count_macs(model)
         self.sampled_share = 1.0  # share of the network's MACs that the sub-network of the current step has
@@ -86,9 +86,9 @@ class ProgressiveDropout:
         if self.sampling == "uniform":
             op_code = draw_op_code(len(self.table), **place)
         else:
-            new = self.table.rows[len(self.log_macs) :]  # a table only grows
-            self.log_macs += [math.log(count_macs(self.model, row)) for row in new]
-            op_code = draw_by_log_macs(self.log_macs, **place)
+            new = self.table.rows[len(self.scale) :]  # a table only grows
+            self.scale += [SCALES[self.sampling](count_macs(self.model, row)) for row in new]
+            op_code = draw_by_scale(self.scale, **place)
         self.run_at(self.table.widths(op_code))
         return op_code
 

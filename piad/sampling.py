@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-SAMPLING = ("uniform", "log-macs")  # laws of the draw
+# Functions of the MACs in which draws are uniform. The inverse draws small sizes more often than the logarithm does.
+SCALES: dict[str, Callable[[float], float]] = {"log-macs": math.log, "inverse-macs": lambda macs: 1 / macs}
+SAMPLING = ("uniform", *SCALES)  # laws of the draw
 
 
 def generator_of(seed: int, epoch: int, step: int, rank: int, number: int = 0) -> np.random.Generator:
@@ -31,14 +34,14 @@ def draw_op_code(
     return int(generator_of(seed, epoch, step, rank, number).integers(low, max(high, low + 1)))
 
 
-def draw_by_log_macs(
-    log_macs: Sequence[float], *, seed: int, epoch: int, step: int, rank: int, number: int = 0, numbers: int = 1
+def draw_by_scale(
+    scale: Sequence[float], *, seed: int, epoch: int, step: int, rank: int, number: int = 0, numbers: int = 1
 ) -> int:
-    """Draws a number of MACs between the smallest and the whole network, uniformly in its logarithm.
+    """Draws a value uniformly between the smallest and the whole network; returns the op code that is nearest to it.
 
-    Returns the op code whose MACs are nearest to it, in the logarithm, so that both ends can be drawn.
-    log_macs: of each op code.  number, numbers: as in draw_op_code().
+    Both ends can be drawn.
+    scale: of each op code, one of SCALES of its MACs.  number, numbers: as in draw_op_code().
     """
-    low, high = (log_macs[-1] + (log_macs[0] - log_macs[-1]) * (number + end) / numbers for end in (0, 1))
-    drawn = generator_of(seed, epoch, step, rank, number).uniform(low, high)
-    return int(np.abs(np.asarray(log_macs) - drawn).argmin())
+    smallest, whole = scale[-1], scale[0]
+    part = (number + generator_of(seed, epoch, step, rank, number).uniform()) / numbers
+    return int(np.abs(np.asarray(scale) - (smallest + (whole - smallest) * part)).argmin())

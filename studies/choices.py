@@ -10,7 +10,7 @@ import numpy as np
 from models.macs import count_macs
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
-from piad.sampling import generator_of
+from piad.sampling import SCALES, draw_by_scale, draw_op_code
 from supernet import Network
 
 
@@ -21,8 +21,7 @@ class Recipe:
     alpha: share of the teacher in the loss, the rest is that of the labels.  tau: temperature of the teacher.
     distance: from the teacher, "kl", "squared" (error of the logits), or "features" (KL divergence, and the squared
     error of the tokens after the last norm).  tokens: main.py's --distillation-tokens.
-    compensated: sub-networks are compensated in training.  law: of the op codes, "log" (uniform in the logarithm of the
-    MACs) or "uniform".
+    compensated: sub-networks are compensated in training.  law: main.py's --op-code-sampling.
     sandwich: each step trains the whole network, the smallest, and one between; there are fewer steps, so that the MACs
     are the same.  table: "best", the one of the start, or "piad", made from its importance.  growing: the first half of
     the epochs opens the table bit by bit.  lr: times that of the flags.  passes: the network is contracted and
@@ -35,7 +34,7 @@ class Recipe:
     distance: str = "kl"
     tokens: float = 0.0
     compensated: bool = True
-    law: str = "log"
+    law: str = "log-macs"
     sandwich: bool = False
     table: str = "best"
     growing: bool = False
@@ -62,6 +61,7 @@ RECIPES = {
     "tokens of four blocks, 4": replace(BASE, tokens=4.0),
     "cut": replace(BASE, compensated=False),
     "uniform op codes": replace(BASE, law="uniform"),
+    "op codes uniform in 1 / MACs": replace(BASE, law="inverse-macs"),
     "three sizes per step": replace(BASE, sandwich=True),
     "growing table": replace(BASE, growing=True),
     "PIAD's table": replace(BASE, table="piad"),
@@ -79,6 +79,7 @@ RECIPES = {
     "two passes": replace(BASE, passes=2),
     "learning rate * 2, Mixup 0.2": replace(BASE, lr=2.0, mixup=0.2),
     "learning rate * 2, alpha 0.75": replace(BASE, lr=2.0, alpha=0.75),
+    "learning rate * 2, alpha 0.75, 1 / MACs": replace(BASE, lr=2.0, alpha=0.75, law="inverse-macs"),
     "learning rate * 2, features": replace(BASE, lr=2.0, distance="features"),
 }
 
@@ -114,11 +115,11 @@ class Codes:
 
     def draw(self, step: int) -> list[dict[str, int]]:
         """The widths that the step trains; none where a sandwich has used the MACs of the steps so far."""
-        generator, shares = generator_of(self.seed, step, 0, 0), self.shares[self.open]
-        code = int(generator.integers(len(shares)))
-        if self.recipe.law == "log":
-            share = np.exp(generator.uniform(np.log(shares[-1]), 0.0))
-            code = int(np.abs(np.log(shares / share)).argmin())
+        shares, place = self.shares[self.open], {"seed": self.seed, "epoch": 0, "step": step, "rank": 0}
+        if self.recipe.law == "uniform":
+            code = draw_op_code(len(shares), **place)
+        else:
+            code = draw_by_scale([SCALES[self.recipe.law](share) for share in shares], **place)
         chosen = [code]
         if self.recipe.sandwich:
             self.used -= shares[code]  # what a step of one sub-network costs

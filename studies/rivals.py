@@ -77,17 +77,17 @@ def run_method(bench: Classifier | Encoder, task: Task, name: str, sizes: list[s
     missing = [size for size in sizes if not bench.results.rows("rows", **key, size=size)]
     if not missing:
         return
-    task.borrowed, start = 0.0, time.perf_counter()
+    task.borrowed, start = 0.0, time.process_time()
     cutter = METHODS[name](task)
-    prepared, whole = time.perf_counter() - start + task.borrowed, macs_of(task.model)
+    prepared, whole = time.process_time() - start + task.borrowed, macs_of(task.model)
     for search, found in task.searches.items():
         searched = {"search": search, "draw": task.seed, "fit": bench.fit}
         if not bench.results.rows("searches", **searched):
             bench.results.add("searches", searched | {"found": found})
     for size in missing:
-        start = time.perf_counter()
+        start = time.process_time()
         small = cutter(Size.parse(size))
-        seconds = {"seconds_to_prepare": prepared, "seconds_to_cut": time.perf_counter() - start}
+        seconds = {"seconds_to_prepare": prepared, "seconds_to_cut": time.process_time() - start}
         row = {"size": size, "macs_share": None if small is None else macs_of(small) / whole}
         bench.results.add("rows", key | row | ({} if small is None else bench.measure(small)) | seconds)
 

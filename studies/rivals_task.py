@@ -80,9 +80,9 @@ class Task:
         if name in self._shared:
             self.borrowed += self._shared[name][1]
         else:
-            before, start = self.borrowed, time.perf_counter()
+            before, start = self.borrowed, time.process_time()
             made = make()
-            self._shared[name] = made, time.perf_counter() - start + self.borrowed - before
+            self._shared[name] = made, time.process_time() - start + self.borrowed - before
         return self._shared[name][0]
 
 

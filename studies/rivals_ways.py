@@ -67,9 +67,9 @@ def paper(budget: Budget, shares: list[float]) -> Found:
 
 
 def best(budget: Budget, shares: list[float]) -> Found:
-    """The method "best" with its mask table, taught; sizes are drawn uniformly in the logarithm of their MACs."""
+    """The method "best" with its mask table, taught; sizes are drawn uniformly in 1 / MACs."""
     network = contracted(budget, "best")
-    return sizes_of(budget, network, rule_of(budget, network, table=network.table, sampling="log-macs"), shares)
+    return sizes_of(budget, network, rule_of(budget, network, table=network.table, sampling="inverse-macs"), shares)
 
 
 def scala(budget: Budget, shares: list[float]) -> Found:

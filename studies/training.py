@@ -46,7 +46,7 @@ from supernet import Network
 from utils import init_processes, progress_bar, run_program
 
 TEACHER = shlex.split("--sched-on-updates --teacher-model self --distillation-type soft --distillation-alpha")
-SUPER_NETWORK = shlex.split("--stage piad --progressive-epochs 0 --op-code-sampling log-macs")
+SUPER_NETWORK = shlex.split("--stage piad --progressive-epochs 0 --op-code-sampling inverse-macs")
 WAYS = ("untrained", "refitted", "paper", "best", "best, no labels", "one size", "one size, no labels")
 SIZES = 12  # the number of sizes whose training is counted
 

@@ -138,8 +138,8 @@ def test_finetuning_starts_from_the_grade_asked_for(flags: list[str], grade: str
 
 def test_training_keeps_the_compensation(best: Path, tmp_path: Path):
     """The sizes are trained compensated, with factors that stay; a resumed run with a rate per step is the same."""
-    flags = ["main.py", "--stage", "piad", *COMMON, *TRAIN, "--progressive-epochs", 0, "--op-code-sampling", "log-macs",
-             "--teacher-model", "self", "--distillation-type", "soft", "--epochs", 2, "--checkpoint", best]  # fmt: skip
+    flags = ["main.py", "--stage", "piad", *COMMON, *TRAIN, "--progressive-epochs", 0, "--teacher-model", "self"]
+    flags += ["--op-code-sampling", "inverse-macs", "--distillation-type", "soft", "--epochs", 2, "--checkpoint", best]
     run(*flags, "--sched-on-updates", "--output-dir", tmp_path / "a")
     net = supernet.load(tmp_path / "a")
     assert net.grade == "compensated"

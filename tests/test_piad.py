@@ -24,7 +24,7 @@ from piad.dropout_list import UNITS, Units, grow, leaving_order, pool_units, rou
 from piad.importance import dimension_importance, importance_of_dims, module_sensitivity
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
-from piad.sampling import draw_by_log_macs, draw_op_code
+from piad.sampling import SCALES, draw_by_scale, draw_op_code
 
 # Round numbers are drawn often, because they make equal densities.
 DENSITIES = st.one_of(st.integers(0, 4).map(float), st.floats(0, 1e3, allow_subnormal=False))
@@ -421,26 +421,28 @@ def test_op_codes_are_drawn_uniformly_with_both_ends(op_codes):
     assert op_codes == 1 or stats.chisquare(counts).pvalue > 1e-3
 
 
-def test_op_codes_are_drawn_uniformly_in_the_logarithm_of_their_macs():
-    """Each of evenly spaced logarithms gets its share, the ends half of it."""
-    log_macs = [4.0, 3.0, 2.0, 1.0]
-    drawn = [draw_by_log_macs(log_macs, seed=0, epoch=0, step=step, rank=0) for step in range(1200)]
+@pytest.mark.parametrize("law", ["log-macs", "inverse-macs"])
+def test_op_codes_are_drawn_uniformly_on_a_scale_of_their_macs(law: str):
+    """Each of evenly spaced values gets its share, the ends half of it."""
+    macs = [16.0, 8, 4, 2] if law == "log-macs" else [1.0, 1 / 2, 1 / 3, 1 / 4]
+    scale = [SCALES[law](value) for value in macs]
+    drawn = [draw_by_scale(scale, seed=0, epoch=0, step=step, rank=0) for step in range(1200)]
     assert stats.chisquare(np.bincount(drawn), [200, 400, 400, 200]).pvalue > 1e-3
-    assert draw_by_log_macs([2.0], seed=0, epoch=0, step=0, rank=0) == 0
+    assert draw_by_scale(scale[:1], seed=0, epoch=0, step=0, rank=0) == 0
 
 
-@pytest.mark.parametrize("law", ["uniform", "log-macs"])
-def test_several_sizes_per_step_are_drawn_each_from_its_own_part(law: str):
+@pytest.mark.parametrize("scale", [None, [6.0, 5, 4, 3, 2, 1], [1.0, 2, 3, 4, 5, 6]])
+def test_several_sizes_per_step_are_drawn_each_from_its_own_part(scale: list[float] | None):
     """Numbered from small to large; together they are drawn by the same law as one size per step."""
 
     def draw(step: int, number: int) -> int:
         place = {"seed": 0, "epoch": 0, "step": step, "rank": 0, "number": number, "numbers": 3}
-        return draw_op_code(6, **place) if law == "uniform" else draw_by_log_macs([6.0, 5, 4, 3, 2, 1], **place)
+        return draw_op_code(6, **place) if scale is None else draw_by_scale(scale, **place)
 
     drawn = np.array([[draw(step, number) for number in range(3)] for step in range(400)])
-    parts = [{4, 5}, {2, 3}, {0, 1}] if law == "uniform" else [{3, 4, 5}, {2, 3}, {0, 1, 2}]
+    parts = [{4, 5}, {2, 3}, {0, 1}] if scale is None else [{3, 4, 5}, {2, 3}, {0, 1, 2}]
     assert [{*column} for column in drawn.T.tolist()] == parts
-    shares = [1] * 6 if law == "uniform" else [0.5, 1, 1, 1, 1, 0.5]
+    shares = [1] * 6 if scale is None else [0.5, 1, 1, 1, 1, 0.5]
     expected = np.array(shares) / sum(shares) * drawn.size
     assert stats.chisquare(np.bincount(drawn.ravel()), expected).pvalue > 1e-3
     assert all((np.diff(row) <= 0).all() for row in drawn)

@@ -313,14 +313,14 @@ def test_the_best_file_within_a_time_is_the_nearest_one():
 def test_log_law_draws_small_networks_as_often_as_large_ones(contracted: Path):
     network = supernet.load(contracted)
     drawn = {}
-    for law in ("log", "uniform"):
+    for law in ("log-macs", "uniform"):
         codes = choices.Codes(network, choices.Recipe(law=law), None, 1, 0.8, seed=0)
         codes.begin_epoch(0)
         macs = [count_macs(network.model, codes.draw(step)[0]) / network.macs() for step in range(400)]
         drawn[law] = np.log(macs)
     middle = np.log(codes.shares[-1]) / 2
-    assert (drawn["log"] < middle).mean() == pytest.approx(0.5, abs=0.08)
-    assert codes.shares[-1] == pytest.approx(np.exp(drawn["log"].min()), rel=0.1)
+    assert (drawn["log-macs"] < middle).mean() == pytest.approx(0.5, abs=0.08)
+    assert codes.shares[-1] == pytest.approx(np.exp(drawn["log-macs"].min()), rel=0.1)
 
 
 def test_a_sandwich_costs_as_much_as_single_networks(contracted: Path):
