@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from utils import UserError
 
+from .onnx_operators import translations
+
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
@@ -59,6 +61,7 @@ def write_onnx_graph(graph: torch.export.ExportedProgram, path: Path, output: st
             dynamic_shapes=({0: BATCH},) if graph.range_constraints else None,  # again, or the axis has another name
             opset_version=OPSET,
             dynamo=True,
+            custom_translation_table=translations(),
             external_data=sum(value.nbytes for value in graph.state_dict.values()) > LARGEST_FILE,
             verbose=False,
         )

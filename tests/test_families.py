@@ -32,6 +32,7 @@ from piad.progressive import ProgressiveDropout
 from studies.criteria import CRITERIA, EqualTokens, importance_by, sort_dims
 from supernet.facts import stamp_of
 from supernet.formats import Size
+from supernet.graphs import graph_of, onnx_outputs, write_onnx_graph
 from training import Training
 from wpac.compensation import compensate, load_compensation, save_compensation
 from wpac.statistics import collect_statistics
@@ -402,3 +403,22 @@ def test_both_heads_of_a_distilled_deit_learn():
     assert expected[0] != pytest.approx(expected[1])
     loss.backward()
     assert model.head.weight.grad.abs().max() > 0 and model.head_dist.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("family", ["swin", "map_with_registers", "eva02"])
+def test_an_onnx_file_gives_what_the_cut_model_gives(family: str, tmp_path: Path):
+    """Windows and their masks, a query of its own, rotary positions; every linear layer is a Gemm, with its bias."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = made(family).float().eval()
+    model = extract(model, some_widths(model))
+    write_onnx_graph(graph_of(model, [3, 32, 32]), tmp_path / "a.onnx", "logits")
+    images = random_data(3, dtype=torch.float32)[0]
+    with torch.no_grad():
+        for batch in (images, images[:1]):
+            torch.testing.assert_close(onnx_outputs(tmp_path / "a.onnx")(batch), model(batch), rtol=1e-4, atol=1e-5)
+    graph = onnx.load(tmp_path / "a.onnx").graph
+    weights = {weight.name for weight in graph.initializer}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and weights & {*node.input}]
+    assert {node.op_type for node in products} == {"Gemm"}
