@@ -47,6 +47,7 @@ TABLES = {
     "encoders_random_siglip.json": encoders.markdown,
     "quantized_vit_small_cifar10.json": quantized.markdown,
     "rivals_vit_small_cifar10.json": rivals.markdown,
+    "rivals_saliency_encoder.json": rivals.markdown,
     "rivals_trained_digits.json": rivals_trained.markdown,
 }
 
