@@ -28,7 +28,7 @@ from report.frontier import cut_or_refit, table_of
 from supernet import Network
 from supernet.budgets import asks_for_size, chosen_op_codes, latencies_of
 from supernet.facts import CONFIG, WEIGHTS
-from supernet.formats import ONNX, write_formats
+from supernet.formats import write_formats
 from supernet.graphs import BATCH, IMAGES
 from supernet.latency import Latencies
 from supernet.latency_table import MEASURE, LatencyTable, write_measure
@@ -60,7 +60,7 @@ def main() -> None:
             rows.append(row | write_formats(args.format, network, small, row, place, folder, checks, args.static_batch))
         index = describe_export(network, args.static_batch) | {"sizes": rows}
         write_text(folder / "index.json", json.dumps(index, indent=1) + "\n")
-        measured = [(row["files"][name], row["op_code"]) for row in rows for name in ONNX if name in row["files"]]
+        measured = [(path, row["op_code"]) for row in rows for name, path in row["files"].items() if name != "folder"]
         if args.frontier and measured:
             write_measure(folder / MEASURE, measured)
     print("\n".join(text for text in (table_of([table_row(row) for row in rows]), reduced_table(rows)) if text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ LIMIT = 1e-4  # relative error, float32
 LIMITS = {"kl": 0.01, "token_cosine": 0.99, "feature_cosine": 0.99}
 REDUCED = ("onnx-fp16", "onnx-int8")
 ONNX = ("onnx", *REDUCED)
+METADATA = "metadata.json"  # inside of a model.pt2
 NEEDS = dict.fromkeys(ONNX, ONNX_PACKAGES)
 
 
@@ -165,7 +167,7 @@ class Size:
         return path
 
     def metadata(self) -> dict[str, Any]:
-        """What an ONNX file says of itself, under the names of index.json."""
+        """What a file says of itself, under the names of index.json."""
         counts = {key: self.row[key] for key in ("op_code", "grade", "macs_linear", "macs_full", "params")}
         network = {"model": self.network.name, "target": self.network.target}
         return network | {
@@ -186,9 +188,9 @@ def write_folder(size: Size, folder: Path) -> tuple[Path, Outputs]:
 
 
 def write_torch_export(size: Size, folder: Path) -> tuple[Path, Outputs]:
-    """model.pt2, which torch alone opens: images (B, C, height, width) to the target."""
+    """model.pt2, which torch alone opens: images (B, C, height, width) to the target. Its metadata is an extra file."""
     path = folder / "model.pt2"
-    torch.export.save(size.program(), path)
+    torch.export.save(size.program(), path, extra_files={METADATA: json.dumps(size.metadata())})
     return path, torch.export.load(path).module()
 
 

@@ -14,11 +14,11 @@ REPORTS = ("frontier.json", "index.json")
 SIGNS = {"kl": -1, "token_cosine": 1, "feature_cosine": 1}  # measure -> 1 where more is better; the first one counts
 
 
-def known_fidelity(source: Path | None, stamp: str | None, averaged: bool, table: MaskTable) -> list[float]:
+def known_fidelity(source: Path | None, stamp: str | None, averaged: bool, table: MaskTable, grade: str) -> list[float]:
     """The fidelity of every op code, more is better, interpolated between the sizes of a report beside `source`.
 
     source, stamp, averaged: the file of the weights, their stamp, and whether they are averaged ones.  [] where there
-    is no frontier.json or index.json of these weights with at least two sizes of this table.
+    is no frontier.json or index.json of these weights with at least two sizes of this table and this grade.
     """
     for name in REPORTS if source and stamp else ():
         report = _read(source.with_name(name))
@@ -26,7 +26,7 @@ def known_fidelity(source: Path | None, stamp: str | None, averaged: bool, table
         if same and Path(str(report.get("weights"))).name == source.name:
             sizes = report.get("sizes")
             rows = sizes if isinstance(sizes, list) else []
-            known = dict(found for row in rows if (found := _score(row, table)))
+            known = dict(found for row in rows if (found := _score(row, table, grade)))
             if len(known) > 1:
                 codes = sorted(known)
                 return np.interp(range(len(table)), codes, [known[code] for code in codes]).tolist()
@@ -42,13 +42,15 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _score(row: Any, table: MaskTable) -> tuple[int, float] | None:
-    """The op code and the fidelity of a row; None if the size is not in the table or has no fidelity."""
+def _score(row: Any, table: MaskTable, grade: str) -> tuple[int, float] | None:
+    """The op code and the fidelity of a row; None if it is not a size of this table and grade, or has no fidelity."""
     if not isinstance(row, dict):
         return None
     code, grouped = row.get("op_code"), row.get("fidelity")
     measures = row | grouped if isinstance(grouped, dict) else row
     if type(code) is not int or not 0 <= code < len(table) or row.get("widths") != table.widths(code):
+        return None
+    if row.get("grade") != grade:
         return None
     found = [sign * measures[key] for key, sign in SIGNS.items() if type(measures.get(key)) in (int, float)]
     return (code, found[0]) if found else None

@@ -115,7 +115,9 @@ class Network:
             latencies = latencies or self.latencies()
         if min_throughput:
             limits["latency"] = min(limits.get("latency", float("inf")), latencies.batch_size / min_throughput)
-        known = known_fidelity(self.source, self.stamp, self.averaged, self.table) if "latency" in limits else ()
+        known: list[float] = []
+        if "latency" in limits:
+            known = known_fidelity(self.source, self.stamp, self.averaged, self.table, self.grade)
         return largest_within(self.model, self.table, limits, convention, latencies, known)
 
     def latencies(

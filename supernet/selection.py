@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from models.backbone import Backbone
 from models.macs import count_macs, count_params
 from piad.mask_table import MaskTable
-from utils import UserError
+from utils import UserError, say
 
 from .amounts import format_amount, format_seconds
 from .latency import Latencies
@@ -62,7 +62,10 @@ def largest_within(
     while found > first and latencies.of(found - 1) <= limits["latency"]:
         found -= 1
     better = sorted(range(found, len(table)), key=lambda code: (-fidelity[code], code)) if fidelity else [found]
-    return next(code for code in better if latencies.of(code) <= limits["latency"])
+    chosen = next(code for code in better if latencies.of(code) <= limits["latency"])
+    if chosen != found:
+        say(f"op code {chosen} instead of {found}: smaller, and nearer to the whole network by the report of fidelity")
+    return chosen
 
 
 def _time(seconds: float, latencies: Latencies | LatencyTable) -> str:

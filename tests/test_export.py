@@ -93,6 +93,16 @@ def test_a_file_opens_alone_at_any_batch_size(name: str, road: Road, tmp_path: P
             np.testing.assert_allclose(found, small(images).numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_torch_export_file_says_what_it_is(road: Road, tmp_path: Path):
+    index = export(road, tmp_path / "out", "--all", 2, "--format", "torch-export")
+    assert (tmp_path / "out" / "measure.csv").read_text().splitlines()[1] == "op_0/model.pt2,0,"
+    extra = {"metadata.json": ""}
+    torch.export.load(tmp_path / "out" / "op_0" / "model.pt2", extra_files=extra)
+    found, row = json.loads(extra["metadata.json"]), index["sizes"][0]
+    assert {key: found[key] for key in ("op_code", "grade", "macs_linear", "params", "widths")}.items() <= row.items()
+    assert found["preprocessing"] == index["preprocessing"] and found["num_classes"] == 10
+
+
 @needs_onnx
 def test_the_onnx_file_says_what_it_takes(road: Road, tmp_path: Path):
     import onnx

@@ -87,7 +87,8 @@ def network(tmp_path: Path) -> Network:
 
 def report(network: Network, kl: dict[int, float], **more: Any) -> None:
     """A frontier.json of the network's sizes beside its weights."""
-    sizes = [{"op_code": code, "widths": network.table.widths(code), "kl": value} for code, value in kl.items()]
+    grade = more.pop("grade", network.grade)
+    sizes = [{"op_code": code, "widths": network.table.widths(code), "grade": grade, "kl": kl[code]} for code in kl]
     facts = {"weights": str(network.source), "averaged_weights": False, "stamp": STAMP, "sizes": sizes, **more}
     (network.source.parent / "frontier.json").write_text(json.dumps(facts))
 
@@ -102,7 +103,7 @@ def test_the_size_is_chosen_by_the_table(network: Network, tmp_path: Path):
 
 
 def test_of_the_sizes_that_are_fast_enough_the_one_nearest_to_the_whole_network_is_chosen(
-    network: Network, tmp_path: Path
+    network: Network, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     last = len(network.table) - 1
     latencies = LatencyTable(filled(tmp_path / "measure.csv", {0: 10, last: 5}), network.table)
@@ -110,6 +111,7 @@ def test_of_the_sizes_that_are_fast_enough_the_one_nearest_to_the_whole_network_
     assert network.select(max_latency=limit, latencies=latencies) == 4
     report(network, {0: 0.0, 3: 0.1, 4: 0.3, 6: 0.2, last: 2.0})
     assert network.select(max_latency=limit, latencies=latencies) == 6
+    assert "op code 6 instead of 4: smaller, and nearer to the whole network" in capsys.readouterr().out
     assert network.select(max_latency=1.0, latencies=latencies) == 0
     assert network.select(max_macs=network.macs(4)) == 4  # MACs alone: the largest, as ever
     report(network, {0: 0.0, 3: 0.1, 4: 0.2, last: 2.0})  # the usual case: it falls with the size
@@ -118,16 +120,23 @@ def test_of_the_sizes_that_are_fast_enough_the_one_nearest_to_the_whole_network_
 
 @pytest.mark.parametrize(
     "more",
-    [{"stamp": "another"}, {"averaged_weights": True}, {"weights": "checkpoint_1.pth"}, {"sizes": 3}, {"sizes": [1]}],
+    [
+        {"stamp": "another"},
+        {"averaged_weights": True},
+        {"weights": "checkpoint_1.pth"},
+        {"sizes": 3},
+        {"sizes": [1]},
+        {"grade": "refitted"},
+    ],
 )
 def test_a_report_of_other_weights_says_nothing(more: dict, network: Network):
     report(network, {0: 0.0, 5: 1.0})
-    asked = (network.source, STAMP, False, network.table)
+    asked = (network.source, STAMP, False, network.table, network.grade)
     assert known_fidelity(*asked)[:2] == pytest.approx([0.0, -0.2])
     report(network, {0: 0.0, 5: 1.0}, **more)
     assert known_fidelity(*asked) == []
     (network.source.parent / "frontier.json").write_text("[")
-    assert known_fidelity(*asked) == known_fidelity(None, STAMP, False, network.table) == []
+    assert known_fidelity(*asked) == known_fidelity(None, *asked[1:]) == []
 
 
 def test_a_table_is_given_with_a_limit(road: Road, tmp_path: Path, capsys: pytest.CaptureFixture):
