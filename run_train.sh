@@ -27,7 +27,7 @@ if [ "$DATA_SET" = digits ]; then
     DROPOUT_RATIO=${DROPOUT_RATIO:-0.94} ALPHA=${ALPHA:-0.75} TOKENS=${TOKENS:-0} SIZES_PER_STEP=${SIZES_PER_STEP:-1} FREEZE=
 elif [ "$RECIPE" = best ]; then
     EPOCHS=${EPOCHS:-30} LR=${LR:-3e-4} EMA_DECAY=${EMA_DECAY:-0.998}
-    SIZES_PER_STEP=${SIZES_PER_STEP:-2} FREEZE=--freeze-embedding
+    SIZES_PER_STEP=${SIZES_PER_STEP:-3} FREEZE=--freeze-embedding
     if [ "$DATA_SET" = images ]; then ALPHA=${ALPHA:-1} TOKENS=${TOKENS:-4}; else ALPHA=${ALPHA:-0.5} TOKENS=${TOKENS:-1}; fi
 else
     case $MODEL in

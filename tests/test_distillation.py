@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import CLASSES, DIGITS, MODEL_KWARGS, NAME, TRAIN, Road, assert_same, run, save_subnetwork
+from programs import CLASSES, COMMON, DIGITS, MODEL_KWARGS, NAME, TRAIN, Road, assert_same, run, save_subnetwork
 from test_families import FAMILIES, some_widths
 from test_unlabelled import encoder, no_labels, photos, unlabelled  # noqa: F401 fixtures
 from timm.utils import AverageMeter
@@ -258,6 +258,15 @@ def test_parts_checkpointing_and_compilation_change_nothing(more: list, road: Ro
     found = load_checkpoint(tmp_path / "checkpoint_0.pth")["model"]
     for name, value in plain.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_another_network_teaches_pre_training(road: Road, tmp_path: Path):
+    """A network that starts from random weights learns from labels and from the top-1 of another."""
+    flags = ["--teacher-path", road.pretrained / "checkpoint_3.pth", "--distillation-type", "hard"]
+    flags += ["--distillation-alpha", 0.5, "--epochs", 2, "--warmup-epochs", 0]
+    run("main.py", "--stage", "pretrain", *COMMON, *TRAIN, *flags, "--output-dir", tmp_path)
+    first, last = lines_of(tmp_path)
+    assert last["train_loss"] < first["train_loss"] < 2.6
 
 
 PHOTOS = ["--data-set", "images", "--data-path", "PHOTOS"]
