@@ -105,8 +105,8 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
         "--op-code-sampling",
         choices=SAMPLING,
         default="uniform",
-        help="how the op code of a step is drawn: uniformly, or uniformly in the logarithm of its MACs or in 1 / MACs, "
-        "which trains small networks more often and still more often (default: %(default)s)",
+        help="how the op code of a step is drawn: uniformly; uniformly in the logarithm of its MACs, which trains "
+        "small networks more often; or uniformly in 1 / MACs, which trains them even more (default: %(default)s)",
     )
     group.add_argument(
         "--sizes-per-step",

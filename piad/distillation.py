@@ -37,6 +37,12 @@ class BlockTokens:
         taken, self.kept = self.kept, {}
         return taken
 
+    def __deepcopy__(self, memo: dict[int, object]) -> BlockTokens:
+        """For a copy of the model, whose hooks are copied, too: it has kept nothing yet."""
+        copied = memo[id(self)] = object.__new__(BlockTokens)
+        copied.kept = {}
+        return copied
+
 
 class Teacher:
     """A frozen network, which gives the outputs that another is to learn.

@@ -137,7 +137,7 @@ class Study:
         scheduler, _ = create_scheduler_v2(
             training.optimizer, num_epochs=max(1, round(epochs)), min_lr=settings.min_lr, warmup_epochs=0
         )
-        self.blocks = BlockTokens(model) if recipe.tokens else None  # what it keeps cannot be copied with the model
+        self.blocks = BlockTokens(model)
         codes = Codes(network, recipe, self.proxy(seed), epochs, self.args.dropout_ratio, seed)
         model.train()
         for step in progress_bar(steps, "training"):

@@ -6,9 +6,9 @@
 Each of studies.rivals_methods.METHODS makes networks of each of --sizes from the whole network and the same images: at
 most a share of its MACs ("0.25"), or without a percentage of the hidden units, of the dims of q and k, or of the heads
 ("mlp61+qk60"; only the methods that can cut just so). Measures of a classifier top-1 (percent) on val/ and the KL
-divergence from the outputs of the whole network; of an encoder what studies.encoders measures. Writes
-docs/results/rivals_NAME.json after each measurement and skips measurements that are already there; draws a .png beside
-it.
+divergence from the outputs of the whole network; of an encoder what studies.encoders measures. Seconds are CPU seconds
+of the process. Writes docs/results/rivals_NAME.json after each measurement and skips measurements that are already
+there; draws a .png beside it.
 """
 
 from __future__ import annotations

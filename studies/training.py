@@ -172,7 +172,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def shares_of(rows: list[dict[str, Any]]) -> list[str]:
-    """The shares of the MACs; while the table of `paper` grows, it does not have all of them."""
+    """The shares of the MACs; rows of `paper` have fewer while its table grows."""
     return max((list(row["top1"]) for row in rows), key=len)
 
 

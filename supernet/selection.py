@@ -64,7 +64,7 @@ def largest_within(
     better = sorted(range(found, len(table)), key=lambda code: (-fidelity[code], code)) if fidelity else [found]
     chosen = next(code for code in better if latencies.of(code) <= limits["latency"])
     if chosen != found:
-        say(f"op code {chosen} instead of {found}: smaller, and nearer to the whole network by the report of fidelity")
+        say(f"op code {chosen} is chosen, not the larger op code {found}: its fidelity is better, as measured before")
     return chosen
 
 

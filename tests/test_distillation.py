@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -23,7 +24,7 @@ from files import load_checkpoint
 from models.backbone import blocks_of, create_backbone, full_widths
 from models.elastic import make_elastic, set_widths
 from models.parts import EMBEDDING
-from piad.distillation import Distillation, StudentOutputs, Teacher, check_teacher, distance
+from piad.distillation import BlockTokens, Distillation, StudentOutputs, Teacher, check_teacher, distance
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
 from training import Training
@@ -179,6 +180,17 @@ def test_a_step_of_several_sizes_takes_the_mean_of_their_gradients(parts: int):
     for parameter, gradient in zip(model.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
     assert logged.avg == pytest.approx((sum(losses) / 2).item()) and called == [4 // parts] * parts
+
+
+def test_a_model_whose_tokens_are_kept_can_be_copied():
+    """After a forward pass with gradients; the copy keeps tokens of its own."""
+    model = random_backbone()
+    kept, images = BlockTokens(model), random_data(2)[0]
+    model(images)
+    copied = copy.deepcopy(model)
+    first = kept.take()
+    copied(images)
+    assert first and not kept.take()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

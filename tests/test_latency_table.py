@@ -111,7 +111,7 @@ def test_of_the_sizes_that_are_fast_enough_the_one_nearest_to_the_whole_network_
     assert network.select(max_latency=limit, latencies=latencies) == 4
     report(network, {0: 0.0, 3: 0.1, 4: 0.3, 6: 0.2, last: 2.0})
     assert network.select(max_latency=limit, latencies=latencies) == 6
-    assert "op code 6 instead of 4: smaller, and nearer to the whole network" in capsys.readouterr().out
+    assert "op code 6 is chosen, not the larger op code 4: its fidelity is better" in capsys.readouterr().out
     assert network.select(max_latency=1.0, latencies=latencies) == 0
     assert network.select(max_macs=network.macs(4)) == 4  # MACs alone: the largest, as ever
     report(network, {0: 0.0, 3: 0.1, 4: 0.2, last: 2.0})  # the usual case: it falls with the size
