@@ -10,6 +10,8 @@ GPUS=${GPUS:-1}               # processes on this machine (with DEVICE=cpu: CPU 
 NODES=${NODES:-1}             # machines; with more than one, set NODE_RANK and MASTER_ADDR too
 SEED=${SEED:-0}
 PROXY_SAMPLES=${PROXY_SAMPLES:-1024}
+RECIPE=${RECIPE:-paper}       # of the training of a super-network and of one size: the paper's, or best, with a teacher
+case $RECIPE in paper | best) ;; *) echo "RECIPE is $RECIPE: give paper or best" >&2; exit 2 ;; esac
 # Weights that these scripts write say of which model they are and how images are prepared. For other weights:
 MODEL=${MODEL:-}                 # any timm ViT or Swin; vit_tiny, vit_small, vit_base mean the DeiT models
 MODEL_KWARGS=${MODEL_KWARGS:-}   # arguments of timm's model, such as "img_size=98 patch_size=14"
@@ -32,6 +34,18 @@ else
     EVAL_EVERY=${EVAL_EVERY:-1}   # epochs
     AUGMENTATION=${AUGMENTATION:-} # DeiT's is the default of the programs
 fi
+
+# teach_by_itself: for RECIPE=best, sets TEACHER to the flags by which the whole network, as it is at the start, teaches.
+# ALPHA is its share of the loss (1 uses no labels), TOKENS the weight of its tokens after four of its blocks.
+teach_by_itself() {
+    case $DATA_SET in
+    digits) ALPHA=${ALPHA:-0.75} TOKENS=${TOKENS:-0} ;;
+    images) ALPHA=${ALPHA:-1} TOKENS=${TOKENS:-4} ;;
+    *) ALPHA=${ALPHA:-0.5} TOKENS=${TOKENS:-1} ;;
+    esac
+    TEACHER="--teacher-model self --distillation-type soft --distillation-alpha $ALPHA --distillation-tokens $TOKENS --sched-on-updates"
+    [ "$DATA_SET" = digits ] || TEACHER="$TEACHER --freeze-embedding"
+}
 
 # prepare FILE: makes the virtual environment (unless one is active, or PYTHON is set) and installs FILE into it, once.
 prepare() {

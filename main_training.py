@@ -125,7 +125,11 @@ def check_teaching(args: argparse.Namespace, teacher: Backbone, network: Network
         raise UserError(
             f"--distillation-type hard needs classes, but the target of the network is its {network.target}: give soft"
         )
-    check_teacher(teacher, network.model, network.target, source, tokens=args.distillation_tokens > 0)
+    mend = "give a teacher with as many"
+    if args.checkpoint is None and not uses_labels(args):  # new weights, whose number of classes no data set says
+        mend += f", or --model-kwargs num_classes={teacher.num_classes}"
+    tokens = args.distillation_tokens > 0
+    check_teacher(teacher, network.model, network.target, source, tokens=tokens, mend=mend)
 
 
 def words_of_teacher(args: argparse.Namespace) -> str:

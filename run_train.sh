@@ -20,15 +20,11 @@ here=$(dirname "$0")
 [ -f "$here/common.sh" ] || here=. # sbatch runs a copy of this script from a folder of its own
 [ -f "$here/common.sh" ] || { echo "start the script in the folder that holds common.sh" >&2; exit 2; }
 . "$here/common.sh"
-RECIPE=${RECIPE:-paper}
-case $RECIPE in paper | best) ;; *) echo "RECIPE is $RECIPE: give paper or best" >&2; exit 2 ;; esac
 if [ "$DATA_SET" = digits ]; then
     EPOCHS=${EPOCHS:-100} PROGRESSIVE_EPOCHS=${PROGRESSIVE_EPOCHS:-50} LR=${LR:-1.6e-2} EMA_DECAY=${EMA_DECAY:-0.99}
-    DROPOUT_RATIO=${DROPOUT_RATIO:-0.94} ALPHA=${ALPHA:-0.75} TOKENS=${TOKENS:-0} SIZES_PER_STEP=${SIZES_PER_STEP:-1} FREEZE=
+    DROPOUT_RATIO=${DROPOUT_RATIO:-0.94} SIZES_PER_STEP=${SIZES_PER_STEP:-1}
 elif [ "$RECIPE" = best ]; then
-    EPOCHS=${EPOCHS:-30} LR=${LR:-3e-4} EMA_DECAY=${EMA_DECAY:-0.998}
-    SIZES_PER_STEP=${SIZES_PER_STEP:-3} FREEZE=--freeze-embedding
-    if [ "$DATA_SET" = images ]; then ALPHA=${ALPHA:-1} TOKENS=${TOKENS:-4}; else ALPHA=${ALPHA:-0.5} TOKENS=${TOKENS:-1}; fi
+    EPOCHS=${EPOCHS:-30} LR=${LR:-3e-4} EMA_DECAY=${EMA_DECAY:-0.998} SIZES_PER_STEP=${SIZES_PER_STEP:-3}
 else
     case $MODEL in
     *base*) EPOCHS=${EPOCHS:-150} ;;
@@ -40,9 +36,9 @@ fi
 if [ "$RECIPE" = best ]; then
     CHECKPOINT=${CHECKPOINT:-$OUTPUT/reparamed/$NAME}
     [ -f "$CHECKPOINT/mask_table.json" ] || [ "$DATA_SET" != digits ] || run_script run_reparam.sh METHOD=best
-    set -- --progressive-epochs 0 --op-code-sampling inverse-macs --sched-on-updates \
-        --teacher-model self --distillation-type soft --distillation-alpha "$ALPHA" --distillation-tokens "$TOKENS" \
-        --sizes-per-step "$SIZES_PER_STEP" ${FREEZE:+"$FREEZE"}
+    teach_by_itself
+    # shellcheck disable=SC2086 # several words
+    set -- --progressive-epochs 0 --op-code-sampling inverse-macs --sizes-per-step "$SIZES_PER_STEP" $TEACHER
 else
     CHECKPOINT=${CHECKPOINT:-$OUTPUT/reparamed/$NAME/contracted.safetensors}
     [ -f "$CHECKPOINT" ] || [ "$DATA_SET" != digits ] || run_script run_reparam.sh

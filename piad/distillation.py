@@ -73,10 +73,18 @@ class Teacher:
         return outputs | (self.tokens.take() if self.tokens else {})
 
 
-def check_teacher(teacher: Backbone, model: Backbone, target: str, source: str, tokens: bool = False) -> None:
+def check_teacher(
+    teacher: Backbone,
+    model: Backbone,
+    target: str,
+    source: str,
+    tokens: bool = False,
+    mend: str = "give another teacher",
+) -> None:
     """Raises UserError unless teacher and model give outputs of the same shapes for images of the model's size.
 
     source: where the teacher comes from, in words.  tokens: whether those after the blocks are compared as well.
+    mend: what to do where it has another number of classes, in words.
     Both are on the CPU and in eval mode.
     """
     images = torch.zeros(1, model.in_chans, *model.patch_embed.img_size)
@@ -85,7 +93,7 @@ def check_teacher(teacher: Backbone, model: Backbone, target: str, source: str, 
         raise UserError(f"{source} takes images of shape {size}, the model {tuple(images.shape[1:])}: give another")
     if target == "logits" and teacher.num_classes != model.num_classes:
         has = f"{teacher.num_classes} classes" if teacher.num_classes else "no classifier head"
-        raise UserError(f"{source} has {has}, the model has {model.num_classes} classes: give a teacher with as many")
+        raise UserError(f"{source} has {has}, the model has {model.num_classes} classes: {mend}")
     with torch.inference_mode():
         given, own = (outputs_of(network, images, target) for network in (teacher, model))
     for name, output in own.items():

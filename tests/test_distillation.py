@@ -10,7 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import CLASSES, COMMON, DIGITS, MODEL_KWARGS, NAME, TRAIN, Road, assert_same, run, save_subnetwork
+from programs import (
+    CLASSES,
+    COMMON,
+    DIGITS,
+    MODEL,
+    MODEL_KWARGS,
+    NAME,
+    PIAD,
+    TRAIN,
+    Road,
+    assert_same,
+    run,
+    save_subnetwork,
+)
 from test_families import FAMILIES, some_widths
 from test_unlabelled import encoder, no_labels, photos, unlabelled  # noqa: F401 fixtures
 from timm.utils import AverageMeter
@@ -279,6 +292,23 @@ def test_another_network_teaches_pre_training(road: Road, tmp_path: Path):
     run("main.py", "--stage", "pretrain", *COMMON, *TRAIN, *flags, "--output-dir", tmp_path)
     first, last = lines_of(tmp_path)
     assert last["train_loss"] < first["train_loss"] < 2.6
+
+
+def test_a_growing_table_learns_from_tokens_too(road: Road, tmp_path: Path):
+    flags = [*TEACH, "--distillation-tokens", 1, "--epochs", 2, "--checkpoint", road.contracted]
+    run("main.py", *PIAD, *flags, "--output-dir", tmp_path)
+    first, last = lines_of(tmp_path)
+    assert last["op_codes"] > first["op_codes"] > 1 and math.isfinite(last["train_loss"])
+
+
+def test_new_weights_learn_from_a_teacher_alone(road: Road, photos: Path, tmp_path: Path, no_labels: None):  # noqa: F811
+    """No data set says how many classes they have, so a flag does; without it, the error names the flag."""
+    flags = ["--teacher-path", road.pretrained / "checkpoint_3.pth", *ALONE[2:], "--epochs", 1, "--warmup-epochs", 0]
+    words = ["main.py", "--stage", "pretrain", *unlabelled(photos), *TRAIN, "--mixup", 0, "--cutmix", 0, *flags]
+    with pytest.raises(UserError, match=f"the model has 1000 classes: .* or --model-kwargs num_classes={CLASSES}$"):
+        run(*words, *MODEL, "--output-dir", tmp_path / "a")
+    run(*words, *MODEL, f"num_classes={CLASSES}", "--output-dir", tmp_path / "b")
+    assert {"kl", "agreement"} <= lines_of(tmp_path / "b")[-1].keys()
 
 
 PHOTOS = ["--data-set", "images", "--data-path", "PHOTOS"]

@@ -9,7 +9,9 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ import engine
 from engine import Run, evaluate, train_one_epoch
 from files import CheckpointFolder, load_checkpoint
 from logs import RunLog
-from training import Progress, Training
+from training import LossReader, Progress, Training
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -228,6 +230,51 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(value: float,
     assert f"loss is {name} at epoch 4, step 2, op code 20, learning rate 0.25" in str(caught.value)
     train(reference, toy_batches()[:2], epoch=4)
     assert_same(training.state_dict(), reference.state_dict())
+
+
+class OnDevice:
+    """A loss on a CUDA device, as far as LossReader can tell."""
+
+    is_cuda = True
+
+    def __init__(self, value: float):
+        self.value = value
+
+    def to(self, _device: str, non_blocking: bool) -> Tensor:
+        assert non_blocking
+        return torch.tensor(self.value)
+
+
+def test_losses_of_a_device_are_read_some_steps_late(monkeypatch: pytest.MonkeyPatch):
+    """The device is never waited for by the newest steps; a loss that is not finite is still that of its own step."""
+    waited = []
+    event = lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: waited.append(None))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    losses, seen = AverageMeter(), []
+    reader = LossReader(toy_training(), 2, losses, lambda step, scalars: seen.append((step, scalars["loss"])))
+    for step in range(6):
+        reader.add(step, 1, [step], {}, OnDevice(float("nan") if step == 3 else step))
+    assert seen == [(0, 0.0), (1, 1.0)] and len(waited) == 2 == 6 - LossReader.LATE
+    with pytest.raises(UserError, match="loss is nan at epoch 2, step 3, op code 3"):
+        reader.read()
+    assert seen[-1] == (2, 2.0) and losses.count == 3
+
+
+def test_several_ranks_agree_on_stopping_every_few_steps(monkeypatch: pytest.MonkeyPatch):
+    """One that is alone looks at each step; agreement costs a message, so several look now and then."""
+    asked = []
+    monkeypatch.setattr(engine, "stop_if_asked", lambda collective: asked.append(collective))
+    run = SimpleNamespace(
+        progress=Progress(), loader=SimpleNamespace(steps=50), scheduler=Mock(), checkpoint_steps=0, _save=None
+    )
+    for ranks, expected in ((1, list(range(1, 51))), (2, [20, 40, 50])):
+        monkeypatch.setattr(engine, "world", lambda ranks=ranks: (0, ranks))
+        found = []
+        for step in range(50):
+            asked.clear()
+            Run._after_step(run, step, lambda: None)
+            found += [step + 1] * len(asked)
+        assert found == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from programs import ROOT
+
+from main_arguments import parse_main_arguments
 
 STUB = '#!/bin/sh\necho "python $*"\n'
 # In the place of python3: makes "environments" whose python says how it was called.
@@ -84,6 +88,36 @@ def test_flags_of_the_model_are_passed_on_where_they_were_given(project: Path, t
     given = sh(project / "run_test.sh", tmp_path, PYTHON=str(python), CHECKPOINT="weights", **more).stdout
     for words in ("--model vit_base", "--model-kwargs img_size=98", "--crop-pct 1", "--workers 3"):
         assert words in given
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "expected"),
+    [
+        ("run_train.sh", {}, {"progressive_epochs": 50, "dropout_ratio": 0.875, "op_code_per_rank": True, "lr": 5e-4,
+                              "distillation_type": "none", "op_code_sampling": "uniform", "epochs": 300}),
+        ("run_train.sh", {"RECIPE": "best"}, {"progressive_epochs": 0, "op_code_sampling": "inverse-macs",
+                                              "sizes_per_step": 3, "freeze_embedding": True, "op_code_per_rank": False,
+                                              "distillation_alpha": 0.5, "distillation_tokens": 1, "lr": 3e-4}),
+        ("run_train.sh", {"RECIPE": "best", "DATA_SET": "images"}, {"distillation_alpha": 1, "distillation_tokens": 4}),
+        ("run_train.sh", {"RECIPE": "best", "DATA_SET": "digits"}, {"distillation_alpha": 0.75, "sizes_per_step": 1,
+                                                                    "freeze_embedding": False, "lr": 1.6e-2}),
+        ("run_train_peeled.sh", {}, {"distillation_type": "none", "drop_path": 0.1, "lr": 5e-5, "ema_decay": 0}),
+        ("run_train_peeled.sh", {"RECIPE": "best"}, {"distillation_alpha": 0.5, "distillation_tokens": 1,
+                                                     "drop_path": 0, "sched_on_updates": True,
+                                                     "freeze_embedding": True, "lr": 3e-4}),
+        ("run_train_peeled.sh", {"RECIPE": "best", "DATA_SET": "images"}, {"distillation_alpha": 1}),
+    ],
+)  # fmt: skip
+def test_recipes(script: str, variables: dict[str, str], expected: dict[str, object], project: Path, tmp_path: Path):
+    """main.py understands the flags of a recipe."""
+    python = executable(tmp_path / "stub/python", STUB)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/mask_table.json").touch()
+    done = sh(project / script, tmp_path, **{"PYTHON": str(python), "CHECKPOINT": "weights", **variables})
+    flags = done.stdout.splitlines()[-1].split()[2:]
+    with mock.patch.object(sys, "argv", ["main.py", *flags]):
+        args = vars(parse_main_arguments())
+    assert {key: args[key] for key in expected} == expected
 
 
 def test_scripts_keep_their_line_endings():
