@@ -17,8 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 import supernet
 from benchmarks.common import CLOCKS, Row, make_model, milliseconds, random_batch, ratio, timing_numbers
-from benchmarks.training import statistics_work
+from benchmarks.sizes import half_widths
+from benchmarks.training import Step, compared_steps, statistics_work
 from models.backbone import full_widths
+from models.elastic import make_elastic
 from models.extraction import extract
 from supernet.contraction import contract_network, save_contracted
 from supernet.timing import time_alternately
@@ -56,6 +58,20 @@ def measure_compensation(args: argparse.Namespace, device: torch.device) -> list
         rows.append(Row(f"{COMPENSATION}, {name}", "-", size / 1e6, unit="MB"))
         for share in SHARES:
             rows += _measure_extraction(args, device, network, share, folder)
+    return rows
+
+
+def measure_compensated_step(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Time of a PIAD step with compensation at half of the MACs, compared with the same step without it."""
+    rows = []
+    batch = random_batch(make_model(args, device), args.batch_size, device)
+    for kind, widths in half_widths(make_model(args, device)).items():
+        plain = make_elastic(make_model(args, device))
+        model = make_model(args, device).eval()
+        contract_and_compensate(model, collect_statistics(model, [batch], outputs=True))
+        step, base = Step(make_elastic(model.to(device)), batch, device, widths), Step(plain, batch, device, widths)
+        name = f"compensated PIAD step, half the MACs, {kind}, {args.model}, batch {args.batch_size}"
+        rows.append(compared_steps(args, device, name, "the step without compensation", step, base, goal=1.25))
     return rows
 
 

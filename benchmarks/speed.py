@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.common import Row, describe_machine, make_parser, positive, prepare, report
-from benchmarks.compensation import measure_compensation, measure_sizes
+from benchmarks.compensation import measure_compensated_step, measure_compensation, measure_sizes
 from benchmarks.inference import measure_extraction, measure_forward, measure_start
 from benchmarks.training import measure_half_step, measure_statistics, measure_step, measure_teacher
 from utils import run_program
@@ -22,6 +22,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, torch.device], list[Row]]] = {
     "statistics": measure_statistics,
     "step": measure_step,
     "half-step": measure_half_step,
+    "compensated-step": measure_compensated_step,
     "teacher": measure_teacher,
     "forward": measure_forward,
     "extraction": measure_extraction,

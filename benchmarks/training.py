@@ -175,7 +175,7 @@ def measure_step(args: argparse.Namespace, device: torch.device) -> list[Row]:
     super_network = make_elastic(make_model(args, device))
     name = f"PIAD step, full width, {args.model}, batch {args.batch_size}"
     step, base = Step(super_network, batch, device, widths), Step(model, batch, device)
-    return [_compared_steps(args, device, name, "stock model's step", step, base, goal=1.05)]
+    return [compared_steps(args, device, name, "stock model's step", step, base, goal=1.05)]
 
 
 def loss_with_teacher(teacher: VisionTransformer, amp: torch.dtype | None = None) -> Callable[..., Tensor]:
@@ -218,7 +218,7 @@ def measure_half_step(args: argparse.Namespace, device: torch.device) -> list[Ro
         share = count_macs(small) / count_macs(super_network)
         name = f"PIAD step, half the MACs, {kind}, {args.model}, batch {args.batch_size}"
         step, base = Step(super_network, batch, device, widths), Step(small, batch, device)
-        row = _compared_steps(args, device, name, "extracted model's step", step, base, goal=1.10)
+        row = compared_steps(args, device, name, "extracted model's step", step, base, goal=1.10)
         row.numbers |= {
             "macs_share": share,
             "widths": widths,
@@ -229,9 +229,10 @@ def measure_half_step(args: argparse.Namespace, device: torch.device) -> list[Ro
     return rows
 
 
-def _compared_steps(
+def compared_steps(
     args: argparse.Namespace, device: torch.device, what: str, against: str, step: Step, base: Step, goal: float
 ) -> Row:
+    """A step against another, `base`, timed in alternation; in words, what they are."""
     rounds = {"repeats": args.repeats, "warmup": args.warmup, "now": CLOCKS[args.clock]}
     seconds = time_alternately({"step": step, "base": base}, device, **rounds)
     timed = {"step": partial(step.timed, CLOCKS[args.clock]), "base": partial(base.timed, CLOCKS[args.clock])}
