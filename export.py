@@ -71,12 +71,8 @@ def describe_export(network: Network, static_batch: int | None) -> dict[str, Any
     """What index.json says of all files: the network, named as in config.json and frontier.json, input and output."""
     return {
         "weights": network.source.name,
-        "averaged_weights": network.averaged,
-        "stamp": network.stamp,
-        "model": network.name,
+        **network.describe(),
         "grade": network.grade,
-        "target": network.target,
-        "preprocessing": network.preprocessing,
         "input": f"{IMAGES}, float32 ({BATCH}, channels, height, width), prepared as preprocessing says",
         "output": f"{network.target}, float32 {TARGETS[network.target]}",
         "static_batch": static_batch,

@@ -56,12 +56,8 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
     facts = {
         "title": f"{data}: one super-network of {format_amount(count_params(network.model))} parameters",
         "weights": str(weights),
-        "averaged_weights": network.averaged,
-        "stamp": network.stamp,
-        "model": network.name,
-        "preprocessing": network.preprocessing,
+        **network.describe(),
         "grade": network.grade if args.refit is False else refit_grade(args.refit),
-        "target": network.target,
         "compared_with": str(whole.source) if whole else None,
         "images": len(val_images),
         "device": device_name(device),

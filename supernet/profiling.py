@@ -14,6 +14,7 @@ from piad.dropout_list import pool_units, rounded_unit_sizes
 from utils import UserError, device_name
 
 from .device import FORMAT, DeviceProfile, shape_of
+from .runtimes import version_of
 from .timing import dtype_in_words, time_networks
 
 SHARES = (1 / 4, 1 / 2, 3 / 4, 1)  # of the full width, which are measured besides one unit and 0
@@ -59,7 +60,7 @@ def measure_profile(
         "dtype": dtype_in_words(model, amp),
         "batch_size": batch_size,
         "torch": torch.__version__,
-        "how": f"median of {repeats} runs in alternation, after {warmup} untimed ones",
+        "how": f"median of {repeats} runs in alternation in {version_of(runtime)}, after {warmup} untimed ones",
         "when": time.strftime("%Y-%m-%d %H:%M"),
         "rest": rest,
         "modules": modules,
