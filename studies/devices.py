@@ -106,6 +106,7 @@ class Study:
                     "predicted_share": self.profile.of(widths) / self.profile.of(self.full),
                     "measured_share": seconds[made_for, code] / seconds["whole"],
                     "loss": self.loss(widths),
+                    "estimated_loss": self.estimated_loss(widths),
                 },
             )
 
@@ -113,6 +114,10 @@ class Study:
         """The op code of a table whose predicted time is nearest."""
         times = [self.profile.of(widths) for widths in self.tables[made_for].rows]
         return min(range(len(times)), key=lambda code: abs(times[code] - seconds))
+
+    def estimated_loss(self, widths: dict[str, int]) -> float:
+        """The sum of the losses of all dims that are cut, from which both tables are made."""
+        return float(sum(loss[widths[key] :].sum() for key, loss in self.network.dim_losses.items()))
 
     def loss(self, widths: dict[str, int]) -> float:
         """How far the sub-network is from the whole network, see LOSSES."""
@@ -170,13 +175,16 @@ def main() -> None:
     study.results.log()
     say(markdown(study.results.content))
     rows = study.results.rows("rows", **study.key)
-    ratios = [own["loss"] / rival["loss"] for own, rival in zip(rows[::2], rows[1::2], strict=True)]
+    pairs = list(zip(rows[::2], rows[1::2], strict=True))
+    ratios = {
+        f"{name}_ratios": [own[name] / rival[name] for own, rival in pairs] for name in ("loss", "estimated_loss")
+    }
     # The speed of a shared machine changes; a share is of the whole network's time in the same rounds.
     errors = {
         f"error_of_{unit}": [row[f"predicted_{unit}"] / row[f"measured_{unit}"] - 1 for row in rows]
         for unit in ("ms", "share")
     }
-    print(json.dumps({"file": study.results.path.name, "loss_ratios": ratios, **errors}))
+    print(json.dumps({"file": study.results.path.name, **ratios, **errors}))
 
 
 if __name__ == "__main__":

@@ -155,6 +155,13 @@ class Study:
             small = extract_parted(model, *parted(self.widths(size), share, full_widths(model)))
             self.results.add("two_widths", key | self.scores(small)[0])
 
+    def measure_trained(self, trained: supernet.Network, size: str) -> None:
+        """Measures a size, a share of the MACs, of a super-network that was trained from this encoder."""
+        if not self.results.rows("trained", size=size):
+            code = trained.select(max_macs=float(size) * trained.macs())
+            share, scores = trained.macs(code) / trained.macs(), self.scores(trained.cut(code))[0]
+            self.results.add("trained", {"size": size, "macs_share": share, **scores})
+
 
 def _is_in(module: str, part: str) -> bool:
     """Whether a module, such as "3.attn", belongs to a part of measure_part()."""
@@ -177,6 +184,9 @@ def markdown(results: dict[str, Any]) -> str:
     if rows := results.get("two_widths", []):
         found = [[row["size"], f"{row['share']:g}", *_scores(row)] for row in rows]
         tables.append(_table(["size", "width of q and k, times", *_names(rows)], found))
+    if rows := results.get("trained", []):
+        found = [[f"{row['macs_share']:.2f}", *_scores(row)] for row in rows]
+        tables.append(_table(["MACs, trained", *_names(rows)], found))
     return "\n\n".join(tables)
 
 
@@ -220,6 +230,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--steps", type=count, nargs="+", default=[0, 400], help="of refitting; 0 = least squares")
     group.add_argument("--qk", type=float, nargs="*", default=[], help="also this times the width for q and k alone")
     group.add_argument("--parts", nargs="*", default=[], help="also cut only attn, mlp, or blocks such as 0-3")
+    group.add_argument("--trained", type=Path, metavar="DIR", help="also a super-network that was trained from it")
     group.add_argument("--sizes", nargs="+", default=["0.5", "0.25", "mild"], help="shares of the MACs, or mild")
     return parser.parse_args()
 
@@ -235,6 +246,10 @@ def main() -> None:
         study.measure_part(size, part)
     for size, share in itertools.product([size for size in args.sizes if size != "mild"], args.qk):
         study.measure_two_widths(size, share)
+    if args.trained:
+        trained = supernet.load(args.trained, use_ema=True)
+        for size in ("1", *(size for size in args.sizes if size != "mild")):
+            study.measure_trained(trained, size)
     shown = {"whole": study.maps}
     for steps in (None, *args.steps):
         for size in args.sizes:

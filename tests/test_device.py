@@ -448,7 +448,9 @@ def test_the_study_compares_the_two_tables(
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["file"] == "devices_tiny.json" and len(last["loss_ratios"]) == 1 and len(last["error_of_share"]) == 2
     content = json.loads((tmp_path / "devices_tiny.json").read_text())
-    assert [row["made_for"] for row in content["rows"]] == ["time", "MACs"]
+    own, rival = content["rows"]
+    assert (own["made_for"], rival["made_for"]) == ("time", "MACs")
+    assert last["estimated_loss_ratios"] == [own["estimated_loss"] / rival["estimated_loss"]]
     assert len(devices.markdown(content).splitlines()) == 3
     devices.main()  # what is there is not measured again
     assert json.loads((tmp_path / "devices_tiny.json").read_text())["rows"] == content["rows"]

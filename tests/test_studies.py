@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import PLAIN, SHAPE, batches, encoder_files, random_backbone, random_data, relative
 
+import main as program
 import reparam
 import supernet
 from models.backbone import full_widths, modules_of
@@ -172,7 +173,8 @@ POOLED = SHAPE | {"num_classes": 0, "class_token": False, "global_pool": "map"}
 
 def test_the_study_of_encoders_measures_every_grade(tmp_path: Path, capsys: pytest.CaptureFixture):
     steps = ["--fit", 14, "--report", 6, "--steps", 2, 0, "--qk", 1, 0.5, "--parts", "attn", "mlp", "0-0"]
-    run_entry_point(encoders.main, "--name", "tiny", *encoder_files(tmp_path, 20), *steps)
+    files = encoder_files(tmp_path, 20)
+    run_entry_point(encoders.main, "--name", "tiny", *files, *steps)
     results = json.loads((tmp_path / "encoders_tiny.json").read_text())
     rows, apart = results["rows"], results["two_widths"]
     assert [(row["size"], row["steps"]) for row in rows] == [
@@ -186,6 +188,21 @@ def test_the_study_of_encoders_measures_every_grade(tmp_path: Path, capsys: pyte
     assert sum(missing) == pytest.approx(1 - rows[0]["macs_share"])
     assert apart[0]["share"] == 1 and apart[0]["patch"] == pytest.approx(rows[0]["patch"], abs=1e-6)
     assert "| compensated |" in capsys.readouterr().out and (tmp_path / "encoders_tiny.png").exists()
+    # A super-network that is trained from it at a rate of nearly zero: the whole network gives what the encoder gives.
+    words = ["--data-set", "images", "--data-path", tmp_path / "photos", "--batch-size", 8, "--workers", 0]
+    words += ["--device", "cpu"]
+    kwargs = files[files.index("--model") :]
+    run_entry_point(reparam.main, *words, *kwargs, "--checkpoint", tmp_path / "encoder.safetensors", "--method", "best",
+                    "--mask-table", "--no-eval", "--output-dir", tmp_path / "best")  # fmt: skip
+    teach = ["--teacher-model", "self", "--distillation-type", "soft", "--distillation-alpha", 1, "--ema-decay", 0.5]
+    teach += ["--progressive-epochs", 0, "--lr", 1e-9, "--min-lr", 1e-9]
+    run_entry_point(program.main, *words, "--stage", "piad", "--checkpoint", tmp_path / "best", *teach, "--epochs", 1,
+                    "--output-dir", tmp_path / "trained")  # fmt: skip
+    run_entry_point(encoders.main, "--name", "tiny", *files, *steps, "--trained", tmp_path / "trained")
+    trained = json.loads((tmp_path / "encoders_tiny.json").read_text())["trained"]
+    assert [row["size"] for row in trained] == ["1", "0.5", "0.25"] and trained[0]["patch"] > 0.9999 > trained[1][
+        "patch"
+    ]
     # Random weights, no head, and a model that pools its tokens by attention.
     pooled = ["--model", PLAIN, "--model-kwargs", *(f"{key}={value}" for key, value in POOLED.items())]
     files = ["--photos", tmp_path / "photos", "--output-dir", tmp_path, *pooled, "--target", "features"]
