@@ -106,7 +106,6 @@ class Study:
                     "predicted_share": self.profile.of(widths) / self.profile.of(self.full),
                     "measured_share": seconds[made_for, code] / seconds["whole"],
                     "loss": self.loss(widths),
-                    "estimated_loss": self.estimated_loss(widths),
                 },
             )
 
@@ -115,9 +114,19 @@ class Study:
         times = [self.profile.of(widths) for widths in self.tables[made_for].rows]
         return min(range(len(times)), key=lambda code: abs(times[code] - seconds))
 
-    def estimated_loss(self, widths: dict[str, int]) -> float:
-        """The sum of the losses of all dims that are cut, from which both tables are made."""
-        return float(sum(loss[widths[key] :].sum() for key, loss in self.network.dim_losses.items()))
+    def expect(self, part: float) -> None:
+        """Adds how much less the table for time should lose at a share of the time, unless that is there.
+
+        Both tables are made from the losses of the dims; this compares their sums at equal predicted times.
+        """
+        if self.results.rows("expected", **self.key, share=part):
+            return
+        wanted = part * self.profile.of(self.full)
+        lost = {}
+        for made_for, table in self.tables.items():
+            widths = table.widths(self.nearest(made_for, wanted))
+            lost[made_for] = sum(loss[widths[key] :].sum() for key, loss in self.network.dim_losses.items())
+        self.results.add("expected", {**self.key, "share": part, "loss_ratio": float(lost["time"] / lost["MACs"])})
 
     def loss(self, widths: dict[str, int]) -> float:
         """How far the sub-network is from the whole network, see LOSSES."""
@@ -129,7 +138,8 @@ class Study:
 def markdown(results: dict[str, Any]) -> str:
     """The table of docs/RESULTS.md: for each time, the two sizes side by side.
 
-    In brackets, the time that the profile predicts, as a share of the whole network's, against the measured one.
+    In brackets, the time that the profile predicts, as a share of the whole network's, against the measured one. Then
+    the ratio of the losses, table for time to table for MACs, that is expected at equal predicted times.
     """
     loss = results["loss"]
     half = f"MACs | bypassed | ms (share: measured, predicted) | {loss}"
@@ -141,6 +151,14 @@ def markdown(results: dict[str, Any]) -> str:
             cells += [f"{row['macs_share']:.1%}", str(row["bypassed"])]
             cells += [f"{row['measured_ms']:.3g} ({shares})", f"{row['loss']:.3g}"]
         lines.append("| " + " | ".join(cells) + " |")
+    expected: dict[str, dict[str, str]] = {}
+    for row in results.get("expected", []):
+        kind = f"{row['runtime']}, {row['batch_size']}"
+        expected.setdefault(kind, {})[f"{row['share']:g} of the time"] = f"{row['loss_ratio']:.2f}"
+    if expected:
+        heads = list(next(iter(expected.values())))
+        lines += ["", f"| expected ratio of the losses | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+        lines += [f"| {kind} | {' | '.join(found.values())} |" for kind, found in expected.items()]
     return "\n".join(lines)
 
 
@@ -171,20 +189,18 @@ def main() -> None:
     seed_everything(0)
     study = Study(args, device)
     for part in args.shares:
+        study.expect(part)
         study.measure(part)
     study.results.log()
     say(markdown(study.results.content))
     rows = study.results.rows("rows", **study.key)
-    pairs = list(zip(rows[::2], rows[1::2], strict=True))
-    ratios = {
-        f"{name}_ratios": [own[name] / rival[name] for own, rival in pairs] for name in ("loss", "estimated_loss")
-    }
+    ratios = [own["loss"] / rival["loss"] for own, rival in zip(rows[::2], rows[1::2], strict=True)]
     # The speed of a shared machine changes; a share is of the whole network's time in the same rounds.
     errors = {
         f"error_of_{unit}": [row[f"predicted_{unit}"] / row[f"measured_{unit}"] - 1 for row in rows]
         for unit in ("ms", "share")
     }
-    print(json.dumps({"file": study.results.path.name, **ratios, **errors}))
+    print(json.dumps({"file": study.results.path.name, "loss_ratios": ratios, **errors}))
 
 
 if __name__ == "__main__":
