@@ -10,7 +10,7 @@ GPUS=${GPUS:-1}               # processes on this machine (with DEVICE=cpu: CPU 
 NODES=${NODES:-1}             # machines; with more than one, set NODE_RANK and MASTER_ADDR too
 SEED=${SEED:-0}
 PROXY_SAMPLES=${PROXY_SAMPLES:-1024}
-RECIPE=${RECIPE:-paper}       # of the training of a super-network and of one size: the paper's, or best, with a teacher
+RECIPE=${RECIPE:-paper}       # how run_train.sh and run_train_peeled.sh train: paper, or best, which has a teacher
 case $RECIPE in paper | best) ;; *) echo "RECIPE is $RECIPE: give paper or best" >&2; exit 2 ;; esac
 # Weights that these scripts write say of which model they are and how images are prepared. For other weights:
 MODEL=${MODEL:-}                 # any timm ViT or Swin; vit_tiny, vit_small, vit_base mean the DeiT models
@@ -35,6 +35,16 @@ else
     AUGMENTATION=${AUGMENTATION:-} # DeiT's is the default of the programs
 fi
 
+# use_trained: unless CHECKPOINT is set, takes the super-network of run_train.sh, which runs first for the digits. After
+# RECIPE=best, and for the digits, whose short runs end with a high learning rate, its averaged weights (WEIGHTS= for the raw ones).
+use_trained() {
+    [ -z "${CHECKPOINT:-}" ] || return 0
+    CHECKPOINT=$OUTPUT/peelable/$NAME
+    has_checkpoint "$CHECKPOINT" || [ "$DATA_SET" = digits ] || { echo "no checkpoint in $CHECKPOINT: run run_train.sh first" >&2; exit 2; }
+    has_checkpoint "$CHECKPOINT" || run_script run_train.sh
+    [ "$DATA_SET" != digits ] && [ "$RECIPE" = paper ] || WEIGHTS=${WEIGHTS---eval-ema}
+}
+
 # teach_by_itself: for RECIPE=best, sets TEACHER to the flags by which the whole network, as it is at the start, teaches.
 # ALPHA is its share of the loss (1 uses no labels), TOKENS the weight of its tokens after four of its blocks.
 teach_by_itself() {
@@ -44,7 +54,10 @@ teach_by_itself() {
     *) ALPHA=${ALPHA:-0.5} TOKENS=${TOKENS:-1} ;;
     esac
     TEACHER="--teacher-model self --distillation-type soft --distillation-alpha $ALPHA --distillation-tokens $TOKENS --sched-on-updates"
-    [ "$DATA_SET" = digits ] || TEACHER="$TEACHER --freeze-embedding"
+    [ "$DATA_SET" != digits ] || return 0
+    TEACHER="$TEACHER --freeze-embedding"
+    # as measured on the ViT-S and the small ViT of docs/RESULTS.md: crops and flips alone
+    AUGMENTATION=${AUGMENTATION:---aa none --color-jitter 0 --scale 0.6 1 --reprob 0 --mixup 0 --cutmix 0 --repeated-aug 0}
 }
 
 # prepare FILE: makes the virtual environment (unless one is active, or PYTHON is set) and installs FILE into it, once.

@@ -15,21 +15,14 @@ here=$(dirname "$0")
 SIZES=${SIZES:---frontier 12}
 REPORT=${REPORT:-$OUTPUT/tested/$NAME}
 if [ "$DATA_SET" = digits ]; then
-    WEIGHTS=${WEIGHTS---eval-ema} # a short run ends with a high learning rate: the average is the steadier estimate
     BASELINE=${BASELINE-$OUTPUT/reparamed/$NAME/contracted.safetensors}
 else
-    WEIGHTS=${WEIGHTS-}
-    BASELINE=${BASELINE-}         # contracted weights to cut to the same widths, for comparison
+    BASELINE=${BASELINE-} # contracted weights to cut to the same widths, for comparison
 fi
-COMPARE=${COMPARE:-}              # REPORT of another evaluation, to draw its sizes beside these
-CHECKPOINT=${CHECKPOINT:-}
-if [ -z "$CHECKPOINT" ]; then
-    CHECKPOINT=$OUTPUT/peelable/$NAME
-    has_checkpoint "$CHECKPOINT" || [ "$DATA_SET" = digits ] || { echo "no checkpoint in $CHECKPOINT: run run_train.sh first" >&2; exit 2; }
-    has_checkpoint "$CHECKPOINT" || run_script run_train.sh
-fi
+COMPARE=${COMPARE:-}      # REPORT of another evaluation, to draw its sizes beside these
+use_trained
 
 prepare requirements.txt
 # shellcheck disable=SC2086
-launch main.py --eval --checkpoint "$CHECKPOINT" $WEIGHTS $SIZES ${BASELINE:+--baseline "$BASELINE"} \
+launch main.py --eval --checkpoint "$CHECKPOINT" ${WEIGHTS:-} $SIZES ${BASELINE:+--baseline "$BASELINE"} \
     ${COMPARE:+--compare "$COMPARE"} --output-dir "$REPORT"

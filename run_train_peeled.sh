@@ -4,7 +4,8 @@
 #   sh run_train_peeled.sh                                                  the embedded digits
 #   DATA_SET=imagenet DATA_PATH=/data/imagenet MODEL=vit_base SIZE="--macs 8.5G" GPUS=2 sh run_train_peeled.sh
 #
-# RECIPE=best: the whole super-network teaches, with the loss, learning rate and averaging of run_train.sh, without drop path.
+# RECIPE=best: the whole super-network teaches, with the loss of run_train.sh and, away from the digits, its learning rate, averaging
+# and augmentation; without drop path.
 # From contracted weights instead of a trained super-network, refit the size first: CHECKPOINT=output/reparamed/NAME EXTRA=--refit.
 # ImageNet, RECIPE=paper: 30 epochs at 5e-5 to 1e-6, drop path 0.1. Hours were not measured here.
 # The authors' figure for a fine-tuned sub-network of DeiT-B: 81.24 % at 8.47 G MACs (80.4 % at 8.44 G without fine-tuning).
@@ -15,19 +16,13 @@ here=$(dirname "$0")
 . "$here/common.sh"
 SIZE=${SIZE:---macs-ratio 0.25}
 if [ "$DATA_SET" = digits ]; then
-    EPOCHS=${EPOCHS:-15} LR=${LR:-2e-3} DROP_PATH=${DROP_PATH:-0} WEIGHTS=${WEIGHTS---eval-ema}
+    EPOCHS=${EPOCHS:-15} LR=${LR:-2e-3} DROP_PATH=${DROP_PATH:-0}
 elif [ "$RECIPE" = best ]; then
     EPOCHS=${EPOCHS:-30} LR=${LR:-3e-4} DROP_PATH=${DROP_PATH:-0} EMA_DECAY=${EMA_DECAY:-0.998}
 else
-    EPOCHS=${EPOCHS:-30} LR=${LR:-5e-5} DROP_PATH=${DROP_PATH:-0.1} WEIGHTS=${WEIGHTS-}
+    EPOCHS=${EPOCHS:-30} LR=${LR:-5e-5} DROP_PATH=${DROP_PATH:-0.1}
 fi
-CHECKPOINT=${CHECKPOINT:-}
-if [ -z "$CHECKPOINT" ]; then
-    CHECKPOINT=$OUTPUT/peelable/$NAME
-    has_checkpoint "$CHECKPOINT" || [ "$DATA_SET" = digits ] || { echo "no checkpoint in $CHECKPOINT: run run_train.sh first" >&2; exit 2; }
-    has_checkpoint "$CHECKPOINT" || run_script run_train.sh
-    [ "$RECIPE" = paper ] || WEIGHTS=${WEIGHTS---eval-ema}
-fi
+use_trained
 [ "$RECIPE" = paper ] || teach_by_itself
 FOLDER=${FOLDER:-$OUTPUT/peeled/$NAME/$(echo "$SIZE" | tr -d ' -' )}
 

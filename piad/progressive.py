@@ -63,7 +63,7 @@ class ProgressiveDropout:
         self.scale: list[float] = []  # of each op code, see piad.sampling.SCALES
         self.units = units_of(model)
         self.network_macs = count_macs(model)
-        self.sampled_share = 1.0  # share of the network's MACs that the sub-network of the current step has
+        self.sampled_shares: list[float] = []  # of the network's MACs, of the sub-networks of the current step
         full = full_widths(model)
         self.table = table or MaskTable([full])
         self.table.check(full, "the model")
@@ -89,21 +89,21 @@ class ProgressiveDropout:
             new = self.table.rows[len(self.scale) :]  # a table only grows
             self.scale += [SCALES[self.sampling](count_macs(self.model, row)) for row in new]
             op_code = draw_by_scale(self.scale, **place)
-        self.run_at(self.table.widths(op_code))
+        self.run_at(self.table.widths(op_code), number)
         return op_code
 
     def generator(self, epoch: int, step: int, rank: int) -> np.random.Generator:
         """What a regime without op codes draws the sub-network of a step from."""
         return generator_of(self.seed, epoch, step, rank if self.per_rank else 0)
 
-    def run_at(self, widths: dict[str, int]) -> None:
-        """Sets the super-network to the widths that the step trains."""
+    def run_at(self, widths: dict[str, int], number: int = 0) -> None:
+        """Sets the super-network to widths that the step trains. number: of these, counted within the step."""
         set_widths(self.model, widths)
-        self.sampled_share = count_macs(self.model, widths) / self.network_macs
+        self.sampled_shares = [*self.sampled_shares[:number], count_macs(self.model, widths) / self.network_macs]
 
     def step_scalars(self) -> dict[str, float]:
-        """Values to log for a step: the share of the network's MACs that this rank's sub-network has."""
-        return {"macs_share": self.sampled_share}
+        """Values to log for a step: the share of the network's MACs that this rank's sub-networks have, on average."""
+        return {"macs_share": sum(self.sampled_shares) / len(self.sampled_shares)}
 
     def epoch_scalars(self) -> dict[str, float]:
         """Values to log for an epoch: the number of op codes, and the share of the MACs that the smallest one has."""

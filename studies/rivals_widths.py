@@ -66,7 +66,7 @@ class ScalaRule(ProgressiveDropout):
         middle = max(1, len(self.table) // 2)
         low, high = [(0, 1), (1, middle), (middle, last), (last, last + 1)][number]
         op_code = int(generator_of(self.seed, epoch, step, 0, number).integers(low, max(high, low + 1)))
-        self.run_at(self.table.widths(op_code))
+        self.run_at(self.table.widths(op_code), number)
         return op_code
 
 

@@ -121,7 +121,8 @@ def test_scala_trains_the_whole_one_of_each_half_and_the_smallest():
         drawn = [rule.choose(**place(step, number)) for number in range(4)]
         assert drawn == sorted(drawn) and (drawn[0], drawn[3]) == (0, last)
         assert 0 < drawn[1] < len(table) // 2 <= drawn[2] < last
-    assert rule.sampled_share == macs[-1] / macs[0]
+    shares = [macs[code] / macs[0] for code in drawn]
+    assert rule.sampled_shares == shares and rule.step_scalars() == {"macs_share": sum(shares) / 4}
 
 
 def test_matformer_cuts_mlps_alone_and_mixes_them():

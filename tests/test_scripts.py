@@ -95,6 +95,10 @@ def test_flags_of_the_model_are_passed_on_where_they_were_given(project: Path, t
     [
         ("run_train.sh", {}, {"progressive_epochs": 50, "dropout_ratio": 0.875, "op_code_per_rank": True, "lr": 5e-4,
                               "distillation_type": "none", "op_code_sampling": "uniform", "epochs": 300}),
+        ("run_train.sh", {}, {"mixup": 0.8, "repeated_aug": 3, "ema_decay": 0.99996, "min_lr": 1e-5,
+                              "sizes_per_step": 1, "sched_on_updates": False}),
+        ("run_train.sh", {"MODEL": "vit_base"}, {"epochs": 150}),
+        ("run_train.sh", {"RECIPE": "best"}, {"epochs": 30, "mixup": 0, "cutmix": 0, "aa": "none", "repeated_aug": 0}),
         ("run_train.sh", {"RECIPE": "best"}, {"progressive_epochs": 0, "op_code_sampling": "inverse-macs",
                                               "sizes_per_step": 3, "freeze_embedding": True, "op_code_per_rank": False,
                                               "distillation_alpha": 0.5, "distillation_tokens": 1, "lr": 3e-4}),
@@ -105,7 +109,12 @@ def test_flags_of_the_model_are_passed_on_where_they_were_given(project: Path, t
         ("run_train_peeled.sh", {"RECIPE": "best"}, {"distillation_alpha": 0.5, "distillation_tokens": 1,
                                                      "drop_path": 0, "sched_on_updates": True,
                                                      "freeze_embedding": True, "lr": 3e-4}),
-        ("run_train_peeled.sh", {"RECIPE": "best", "DATA_SET": "images"}, {"distillation_alpha": 1}),
+        ("run_train_peeled.sh", {"RECIPE": "best", "DATA_SET": "images"}, {"distillation_alpha": 1, "use_ema": False}),
+        ("run_train_peeled.sh", {"RECIPE": "best", "DATA_SET": "digits"}, {"distillation_alpha": 0.75, "lr": 2e-3,
+                                                                           "use_ema": False}),
+        ("run_train_peeled.sh", {"CHECKPOINT": "", "RECIPE": "best"}, {"use_ema": True, "ema_decay": 0.998}),
+        ("run_test.sh", {"CHECKPOINT": ""}, {"use_ema": False}),
+        ("run_test.sh", {"CHECKPOINT": "", "RECIPE": "best"}, {"use_ema": True}),
     ],
 )  # fmt: skip
 def test_recipes(script: str, variables: dict[str, str], expected: dict[str, object], project: Path, tmp_path: Path):
@@ -113,6 +122,8 @@ def test_recipes(script: str, variables: dict[str, str], expected: dict[str, obj
     python = executable(tmp_path / "stub/python", STUB)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/mask_table.json").touch()
+    (tmp_path / "output/peelable/vit_small").mkdir(parents=True)
+    (tmp_path / "output/peelable/vit_small/checkpoint_0.pth").touch()
     done = sh(project / script, tmp_path, **{"PYTHON": str(python), "CHECKPOINT": "weights", **variables})
     flags = done.stdout.splitlines()[-1].split()[2:]
     with mock.patch.object(sys, "argv", ["main.py", *flags]):
