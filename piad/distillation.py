@@ -79,7 +79,7 @@ def check_teacher(
     target: str,
     source: str,
     tokens: bool = False,
-    mend: str = "give another teacher",
+    mend: str = "give a teacher with as many",
 ) -> None:
     """Raises UserError unless teacher and model give outputs of the same shapes for images of the model's size.
 

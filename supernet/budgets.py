@@ -77,13 +77,16 @@ def say_what_table_is_for(network: Network, latencies: Latencies | LatencyTable)
     asked: dict[str, Any] = {"batch_size": latencies.batch_size}
     if isinstance(latencies, Latencies):
         asked |= {"device": latencies.key["device"], "dtype": latencies.key["dtype"], "runtime": latencies.runtime}
-    for key, value in asked.items():
-        if isinstance(made_for, dict) and made_for.get(key, value) != value:
-            say(
-                f"the mask table was made for {key.replace('_', ' ')} {shown(str(made_for[key]))}, not for {value}: "
-                "python -m supernet.profile and python -m supernet.retable make one for it"
-            )
-            return
+    odd = [
+        f"{key.replace('_', ' ')} {shown(str(made_for[key]))}, not for {value}"
+        for key, value in asked.items()
+        if isinstance(made_for, dict) and made_for.get(key, value) != value
+    ]
+    if odd:
+        say(
+            f"the mask table was made for {', and for '.join(odd)}: python -m supernet.profile and "
+            "python -m supernet.retable make one for it"
+        )
 
 
 def budgets_of(args: argparse.Namespace) -> list[dict[str, float]]:

@@ -121,6 +121,8 @@ def _checked(content: Any) -> dict[str, Any]:
     for key, kind in {"model": str, **CONDITIONS, "modules": dict}.items():
         if type(content.get(key)) is not kind:
             raise UserError(f"{key} is {shown(repr(content.get(key)))}, not of type {kind.__name__}")
+    if content["batch_size"] < 1:
+        raise UserError(f"batch_size is {content['batch_size']}, not 1 or more")
     if not _is_time(content.get("rest")):
         raise UserError(f"rest is {shown(repr(content.get('rest')))}, not a number of seconds")
     for shape, entry in content["modules"].items():

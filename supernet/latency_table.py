@@ -76,7 +76,7 @@ class LatencyTable:
 def _read(path: Path, sizes: int) -> dict[int, float]:
     """Op code -> milliseconds. Raises UserError for what is not a table of latencies, with the line."""
     try:
-        lines = list(csv.DictReader(io.StringIO(path.read_text())))
+        lines = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f"--latency-table {path} cannot be read: {getattr(error, 'strerror', None) or error}"

@@ -30,6 +30,8 @@ def main() -> None:
     device = init_processes(args)
     seed_everything(0)
     check_output_dir(args.output.parent, "--output")
+    if args.output.is_dir():
+        raise UserError(f"--output {args.output} is a folder: give a file, such as {args.output / DEVICE}")
     network = opened(args)
     profile = measure_profile(
         network.model.to(device),

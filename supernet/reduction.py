@@ -61,15 +61,18 @@ def write_int8(source: Path, path: Path, batches: Iterable[Tensor], operators: s
 
 
 def _nodes(path: Path, operators: str) -> list[str] | None:
-    """The names of the nodes to quantize, None for all. A linear layer has a weight; that of the head gives logits."""
+    """The names of the nodes to quantize, None for all.
+
+    A linear layer has a weight, which has its name in the model; the layers of the blocks are "blocks.0.mlp.fc1" and so
+    on, in a Swin "layers.0.blocks.0.mlp.fc1". Heads, attention pooling and patch merging are no blocks.
+    """
     import onnx  # here, because it is an optional package
 
     graph = onnx.load(path, load_external_data=False).graph
     weights = {weight.name for weight in graph.initializer}
     products = [node for node in graph.node if node.op_type in LINEAR]
     linear = [node for node in products if weights & {*node.input[:2]}]
-    outputs = {output.name for output in graph.output}
-    blocks = [node for node in linear if not outputs & {*node.output}]
+    blocks = [node for node in linear if any("blocks." in name for name in weights & {*node.input[:2]})]
     found = {"blocks": blocks, "linear": linear, "products": products, "all": None}[operators]
     return found and [node.name for node in found]
 

@@ -293,6 +293,7 @@ BAD: dict[str, tuple[Callable[[str], str], str]] = {
     "another format": (edited(lambda c: c.update(format=2)), "not a profile of format 1"),
     "no rest": (edited(lambda c: c.pop("rest")), "rest is None, not a number of seconds"),
     "a batch in words": (edited(lambda c: c.update(batch_size="one")), "batch_size is 'one', not of type int"),
+    "a batch of nothing": (edited(lambda c: c.update(batch_size=0)), "batch_size is 0, not 1 or more"),
     "no modules": (edited(lambda c: c["modules"].clear()), "0 modules of shape"),
     "another model": (edited(lambda c: c["modules"][ATTN].update(count=12)), "it has 12 modules of shape 'attn: 3"),
     "a list of times": (edited(lambda c: c["modules"][ATTN].update(seconds=[1])), "count or seconds are missing"),
@@ -352,8 +353,13 @@ def test_latency_under_other_conditions_than_those_of_the_table(
     for number, batch_size in enumerate((2, 3)):
         flags = ["--mask-table", for_time, "--latency", "9s", "--batch-size", batch_size, "--device", "cpu"]
         run("export.py", best, *flags, "--output", tmp_path / str(number))
-    said = [line for line in capsys.readouterr().out.splitlines() if "the mask table was made for" in line]
-    assert len(said) == 1 and "made for batch size 2, not for 3: python -m supernet.profile and" in said[0]
+    content = json.loads(for_time.read_text())
+    content["meta"]["made_for"] |= {"runtime": "other", "batch_size": 4}
+    for_time.write_text(json.dumps(content))
+    run("export.py", best, *flags, "--output", tmp_path / "other")
+    first, second = [line for line in capsys.readouterr().out.splitlines() if "the mask table was made for" in line]
+    assert "made for batch size 2, not for 3: python -m supernet.profile and" in first
+    assert "made for batch size 4, not for 3, and for runtime other, not for eager: python" in second
 
 
 @pytest.mark.parametrize(
@@ -425,6 +431,7 @@ def test_flags_and_paths_that_do_not_fit(best: Path, tmp_path: Path, capsys: pyt
         ("reparam.py", "--method", "best", "--cost-of", "device.json"): "--cost-of says what --mask-table is made for",
         ("supernet.profile", "deit_smal_patch16_224"): "unknown model 'deit_smal_patch16_224'",
         ("supernet.profile", tmp_path / "none"): "none does not exist",
+        ("supernet.profile", best, "--output", tmp_path): "is a folder: give a file, such as",
         ("supernet.profile", tmp_path / "small"): "small is a sub-network: give the whole network",
         ("supernet.retable", best, "--cost-of", tmp_path / "none.json"): "cannot read",
     }

@@ -32,7 +32,9 @@ def filled(path: Path, rows: dict[object, object]) -> Path:
 
 
 def test_sizes_between_the_rows_are_interpolated(tmp_path: Path, capsys: pytest.CaptureFixture):
-    found = LatencyTable(filled(tmp_path / "measure.csv", {0: 10, 2: 6, 4: 1}), TABLE, batch_size=2)
+    path = filled(tmp_path / "measure.csv", {0: 10, 2: 6, 4: 1})
+    path.write_text(path.read_text(), encoding="utf-8-sig")  # as spreadsheets write it
+    found = LatencyTable(path, TABLE, batch_size=2)
     assert [found.of(code) for code in range(5)] == pytest.approx([0.010, 0.008, 0.006, 0.0035, 0.001])
     assert found.where == f"2 images, as {tmp_path / 'measure.csv'} says" and capsys.readouterr().out == ""
 

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 from programs import Road, exit_code, run
+from test_families import FAMILIES
+from tiny import SHAPE
 
+from models.backbone import blocks_of, create_backbone
 from report import exports
 from supernet import formats, load
-from supernet.graphs import ONNX_PACKAGES, in_batches
+from supernet.graphs import ONNX_PACKAGES, graph_of, in_batches, write_onnx_graph
+from supernet.reduction import write_int8
 from utils import UserError
 
 pytestmark = pytest.mark.skipif(
@@ -62,10 +66,34 @@ def test_int8_files_run_alone_and_are_near_the_model(exported: Path, road: Road)
     assert quantized and not any("softmax" in name.lower() for node in quantized for name in node.input)
 
 
-def test_an_onnx_file_says_what_it_is(exported: Path):
+@pytest.mark.parametrize(
+    ("name", "kwargs", "target", "others"),
+    [
+        ("deit_small_distilled_patch16_224", SHAPE, "logits", {"head", "head_dist"}),
+        (FAMILIES["siglip"][0], {**SHAPE, "num_classes": 0}, "features", {"attn_pool"}),
+        (*FAMILIES["swin"], "logits", {"head", "downsample"}),
+    ],
+)
+def test_only_linear_layers_of_blocks_are_in_int8(name: str, kwargs: dict, target: str, others: set, tmp_path: Path):
+    import onnx
+
+    model = create_backbone(name, **kwargs).eval()
+    size = (model.in_chans, *model.patch_embed.img_size)
+    write_onnx_graph(graph_of(formats.model_of_target(model, target), size), tmp_path / "a.onnx", target)
+    write_int8(tmp_path / "a.onnx", tmp_path / "b.onnx", [torch.randn(4, *size)])
+    weights = {weight.name: weight.data_type for weight in onnx.load(tmp_path / "b.onnx").graph.initializer}
+    int8 = {key for key in weights if key.endswith(".weight_quantized")}
+    assert len(int8) == 4 * len(blocks_of(model)) and all("blocks." in key for key in int8)
+    in_float = {key for key, kind in weights.items() if kind == onnx.TensorProto.FLOAT}
+    assert all(any(other in key for key in in_float) for other in others)
+
+
+def test_an_onnx_file_says_what_it_is(exported: Path, road: Road):
     import onnx
 
     index = json.loads((exported / "index.json").read_text())
+    described = load(road.peelable).describe()
+    assert {key: index[key] for key in described} == described
     for row in index["sizes"]:
         for name in formats.ONNX:
             model = onnx.load(exported / row["files"][name])

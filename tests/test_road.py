@@ -32,6 +32,7 @@ from programs import (
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
+import supernet
 from datasets import eval_loader, open_images, preprocessing
 from files import load_checkpoint
 from models.backbone import full_widths
@@ -282,6 +283,8 @@ def test_frontier_files_agree(road: Road, frontier: Path):
     assert [{key: float(value) for key, value in line.items()} for line in table] == rows
     assert facts["full_widths"] == table_of_widths.widths(0)
     assert facts["images"] == 360 and facts["averaged_weights"] is False
+    described = supernet.load(road.peelable).describe()
+    assert {key: facts[key] for key in described} == described
     assert facts["weights"].endswith("checkpoint_1.pth")
     with Image.open(frontier / "frontier.png") as picture:
         picture.load()
