@@ -56,7 +56,7 @@ teach_by_itself() {
     TEACHER="--teacher-model self --distillation-type soft --distillation-alpha $ALPHA --distillation-tokens $TOKENS --sched-on-updates"
     [ "$DATA_SET" != digits ] || return 0
     TEACHER="$TEACHER --freeze-embedding"
-    # as measured on the ViT-S and the small ViT of docs/RESULTS.md: crops and flips alone
+    # crops and flips alone, as measured on the ViT-S of docs/RESULTS.md
     AUGMENTATION=${AUGMENTATION:---aa none --color-jitter 0 --scale 0.6 1 --reprob 0 --mixup 0 --cutmix 0 --repeated-aug 0}
 }
 
