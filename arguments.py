@@ -238,12 +238,12 @@ def add_cost_of(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_dropout_ratio(group: argparse._ArgumentGroup, of: str = "MACs") -> None:
+def add_dropout_ratio(group: argparse._ArgumentGroup, default: float, of: str = "MACs") -> None:
     """--dropout-ratio. of: what it is a share of, in words."""
     group.add_argument(
         "--dropout-ratio",
         type=share,
-        default=0.875,
+        default=default,
         metavar="R",
         help=f"share of the {of} that the mask table can drop, r (default: %(default)s)",
     )

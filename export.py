@@ -60,7 +60,12 @@ def main() -> None:
             rows.append(row | write_formats(args.format, network, small, row, place, folder, checks, args.static_batch))
         index = describe_export(network, args.static_batch) | {"sizes": rows}
         write_text(folder / "index.json", json.dumps(index, indent=1) + "\n")
-        measured = [(path, row["op_code"]) for row in rows for name, path in row["files"].items() if name != "folder"]
+        measured = [
+            (path, row["op_code"], row["macs_linear"])
+            for row in rows
+            for name, path in row["files"].items()
+            if name != "folder"
+        ]
         if args.frontier and measured:
             write_measure(folder / MEASURE, measured)
     print("\n".join(text for text in (table_of([table_row(row) for row in rows]), reduced_table(rows)) if text))

@@ -85,7 +85,7 @@ def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--write-sub-networks", action="store_true", help="with --eval: also write each size as a folder, op_<code>/"
     )
-    add_dropout_ratio(group)
+    add_dropout_ratio(group, 0.875)  # the paper's
     group.add_argument(
         "--regime",
         choices=REGIMES,

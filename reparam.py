@@ -32,6 +32,7 @@ from report.frontier import make_evaluator
 from report.measures import sentence
 from supernet import Network
 from supernet.contraction import METHODS, Contraction, contract_network, save_contracted
+from supernet.tables import DROPOUT_RATIO
 from utils import UserError, init_processes, is_main_process, peak_memory, run_program, say, seed_everything
 from wpac.compensation import DAMPING
 from wpac.refit import refit
@@ -138,7 +139,7 @@ def parse_arguments() -> argparse.Namespace:
         help="with --method best: also write mask_table.json, sizes chosen by the loss of each dim, without training",
     )
     add_cost_of(group)
-    add_dropout_ratio(group, "MACs, or with --cost-of of the time,")
+    add_dropout_ratio(group, DROPOUT_RATIO, "MACs, or with --cost-of of the time,")
     args = parser.parse_args()
     if args.mask_table and args.method != "best":
         parser.error("--mask-table needs --method best: its sizes are for compensated sub-networks")

@@ -18,7 +18,7 @@ here=$(dirname "$0")
 . "$here/common.sh"
 METHOD=${METHOD:-paper}
 FOLDER=${FOLDER:-$OUTPUT/reparamed/$NAME}
-DROPOUT_RATIO=${DROPOUT_RATIO:-0.92} # share of the MACs that the mask table of METHOD=best can drop
+DROPOUT_RATIO=${DROPOUT_RATIO:-} # share of the MACs that the mask table of METHOD=best can drop (default: that of reparam.py)
 CHECKPOINT=${CHECKPOINT:-}
 if [ -z "$CHECKPOINT" ]; then
     pretrained=$OUTPUT/pretrained/$NAME
@@ -32,5 +32,5 @@ if [ -n "$CHECKPOINT" ]; then
 else
     set -- --pretrained
 fi
-[ "$METHOD" != best ] || set -- "$@" --mask-table --dropout-ratio "$DROPOUT_RATIO"
+[ "$METHOD" != best ] || set -- "$@" --mask-table ${DROPOUT_RATIO:+--dropout-ratio "$DROPOUT_RATIO"}
 launch reparam.py "$@" --method "$METHOD" --output-dir "$FOLDER"

@@ -26,8 +26,8 @@ from models.macs import count_macs, count_params
 from supernet import Network
 from supernet.amounts import format_amount
 from supernet.budgets import asks_for_size, chosen_op_codes
-from supernet.latency import measure_latency
-from utils import UserError, device_name, is_main_process, progress_bar, say
+from supernet.latency import conditions_of, measure_latency
+from utils import UserError, is_main_process, progress_bar, say
 from wpac.compensation import COMPENSATION
 from wpac.refit import refit_grade
 
@@ -60,9 +60,7 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
         "grade": network.grade if args.refit is False else refit_grade(args.refit),
         "compared_with": str(whole.source) if whole else None,
         "images": len(val_images),
-        "device": device_name(device),
-        "batch_size": args.batch_size,
-        "runtime": args.runtime,
+        **conditions_of(network.model, device, args.batch_size, args.amp, args.runtime),
     }
     if not network.is_subnetwork:
         facts |= {"full_widths": network.table.widths(0), "arguments": words_to_open(args)}

@@ -44,6 +44,19 @@ def measure_latency(model: Backbone, batch_size: int, amp: torch.dtype | None = 
     return seconds
 
 
+def conditions_of(
+    model: Backbone, device: torch.device, batch_size: int, amp: torch.dtype | None, runtime: str
+) -> dict[str, Any]:
+    """What the time of a network depends on besides its widths, as files that contain times say it."""
+    return {
+        "device": device_name(device),
+        "batch_size": batch_size,
+        "dtype": dtype_in_words(model, amp),
+        "torch": torch.__version__,
+        "runtime": version_of(runtime),
+    }
+
+
 def time_runs(run: Callable[[Tensor], Tensor], images: Tensor) -> float:
     """Seconds of a run on the images, (B, C, height, width).
 
@@ -91,14 +104,8 @@ class Latencies:
         self.runtime = check_runtime(runtime)
         self.device = device or parameter.device
         self.path = path if is_main_process() else None
-        self.key = {
-            "device": device_name(self.device),
-            "batch_size": batch_size,
-            "dtype": dtype_in_words(model, amp),
-            "torch": torch.__version__,
-            "runtime": version_of(runtime),
-            "network": _fingerprint(model, table),
-        }
+        self.key = conditions_of(model, self.device, batch_size, amp, runtime)
+        self.key["network"] = _fingerprint(model, table)
         images = "1 image" if batch_size == 1 else f"{batch_size} images"
         self.where = f"{images} on {self.key['device']} ({self.key['dtype']}, {self.key['runtime']})"
         mine = next((entry["seconds"] for entry in self._entries() if self._is_mine(entry)), {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from piad.mask_table import MaskTable
 from utils import UserError, say
 
 MEASURE = "measure.csv"
-COLUMNS = ("file", "op_code", "milliseconds")
+COLUMNS = ("file", "op_code", "macs_linear", "milliseconds")
 
 
-def write_measure(path: Path, files: list[tuple[str, int]]) -> None:
-    """Writes a row per file and op code, whose milliseconds are to be filled in."""
+def write_measure(path: Path, files: list[tuple[str, int, int]]) -> None:
+    """Writes a row per file, with its op code and MACs, whose milliseconds are to be filled in."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([COLUMNS, *((file, code, "") for file, code in files)])
+    writer.writerows([COLUMNS, *((*file, "") for file in files)])
     write_text(path, text.getvalue())
 
 
@@ -34,18 +35,19 @@ class LatencyTable:
     seconds: op code -> seconds.  where: the batch and the file, in words.  key: what the figures are latencies of.
     """
 
-    def __init__(self, path: Path, table: MaskTable, batch_size: int = 1):
-        """batch_size: of the measurements, which the file does not say.
+    def __init__(self, path: Path, table: MaskTable, macs: Callable[[int], int], batch_size: int = 1):
+        """macs: of an op code of `table`.  batch_size: of the measurements, which the file does not say.
 
         Raises UserError for a file that is not such a table: rows that are missing, empty or no numbers, an op code
-        that `table` does not have, the whole network or the smallest left out, or times that grow from the former to
-        the latter. Prints a line where a smaller size is slower than a larger one.
+        that `table` does not have, MACs of another network or mask table, the whole network or the smallest left out,
+        or times that grow from the former to the latter. Prints a line where a smaller size is slower than a larger
+        one.
         """
         self.batch_size = batch_size
         images = "1 image" if batch_size == 1 else f"{batch_size} images"
         self.where = f"{images}, as {path} says"
         self.key: dict[str, Any] = {"table": str(path), "batch_size": batch_size}
-        rows = dict(sorted(_read(path, len(table)).items()))
+        rows = dict(sorted(_read(path, len(table), macs).items()))
         last = len(table) - 1
         missing = sorted({0, last} - rows.keys())
         if missing:
@@ -73,8 +75,11 @@ class LatencyTable:
         return self.seconds[op_code]
 
 
-def _read(path: Path, sizes: int) -> dict[int, float]:
-    """Op code -> milliseconds. Raises UserError for what is not a table of latencies, with the line."""
+def _read(path: Path, sizes: int, macs: Callable[[int], int]) -> dict[int, float]:
+    """Op code -> milliseconds. Raises UserError for what is not a table of latencies, with the line.
+
+    sizes: number of op codes.  macs: of an op code; a file that was written by hand may not say them.
+    """
     try:
         lines = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -82,7 +87,7 @@ def _read(path: Path, sizes: int) -> dict[int, float]:
             f"--latency-table {path} cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from error
     if not lines or not {"op_code", "milliseconds"} <= lines[0].keys():
-        raise UserError(f"{path} holds no latencies: it needs the columns {', '.join(COLUMNS)}, and rows below them")
+        raise UserError(f"{path} holds no latencies: it needs the columns op_code and milliseconds, and rows of sizes")
     found: dict[int, float] = {}
     for number, row in enumerate(lines, 2):
         code, time = ((row[name] or "").strip() for name in ("op_code", "milliseconds"))
@@ -90,6 +95,12 @@ def _read(path: Path, sizes: int) -> dict[int, float]:
             raise UserError(
                 f"{path}, line {number}: op_code {shown(repr(code))} is not of this network: its op codes are 0 to "
                 f"{sizes - 1}"
+            )
+        said = (row.get("macs_linear") or "").strip()
+        if said and said != str(macs(int(code))):
+            raise UserError(
+                f"{path}, line {number}: op code {code} has {shown(said)} MACs there and {macs(int(code))} here: the "
+                "times are of another network or mask table; export and measure the sizes of this one"
             )
         if int(code) in found:
             raise UserError(f"{path}, line {number}: op code {code} has two rows: keep those of one kind of file")

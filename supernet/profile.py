@@ -46,6 +46,11 @@ def main() -> None:
         say(f"{entry['count']} x {shape}: {', '.join(times)}")
     whole = format_seconds(profile.of(full_widths(network.model)))
     say(f"the rest: {format_seconds(profile.content['rest'])}; the whole network: {whole}")
+    errors = profile.content["errors"]
+    say(
+        f"{errors['networks']} networks were measured; the profile differs from their times by {errors['median']:.1%} "
+        f"(median), at most by {errors['largest']:.1%}"
+    )
     profile.save(args.output)
     say(f"written: {args.output}")
 

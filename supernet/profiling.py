@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -38,6 +39,7 @@ def measure_profile(
     the same share of their width (see networks_to_measure()). The times of the modules and of the rest are those that
     explain the times of the networks best: least squares of the relative errors. All networks are in memory and take
     turns, and the median of `repeats` rounds counts; noise that would make a smaller width slower is averaged away.
+    "errors" in the content says how far the profile is from the times that were measured, relative to them.
 
     amp: the dtype of autocast.  runtime: see runtimes.runner().  now: the clock, in seconds.
     Raises UserError where the noise is larger than what a module takes.
@@ -47,7 +49,8 @@ def measure_profile(
     kind = {"batch_size": batch_size, "amp": amp, "runtime": runtime}
     rounds = time_networks(model, dict(enumerate(networks)), **kind, repeats=repeats, warmup=warmup, now=now)
     named = [[(shapes[key], width) for key, width in widths.items()] for widths in networks]
-    times, rest = _explained(named, _medians(np.array(list(rounds.values()))))
+    seconds = _medians(np.array(list(rounds.values())))
+    times, rest = _explained(named, seconds)
     modules = {}
     for shape, widths in measured_widths(model).items():
         found = [times[shape, width] for width in widths if width]
@@ -65,7 +68,10 @@ def measure_profile(
         "rest": rest,
         "modules": modules,
     }
-    return DeviceProfile(content, model, name)
+    profile = DeviceProfile(content, model, name)
+    errors = [abs(profile.of(widths) / time - 1) for widths, time in zip(networks, seconds, strict=True)]
+    content["errors"] = {"networks": len(errors), "median": statistics.median(errors), "largest": max(errors)}
+    return profile
 
 
 def measured_widths(model: Backbone) -> dict[str, list[int]]:

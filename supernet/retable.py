@@ -18,6 +18,7 @@ from piad.mask_table import MASK_TABLE
 from utils import run_program, say
 
 from .amounts import format_amount, format_seconds
+from .tables import DROPOUT_RATIO
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("mask table")
     group.add_argument("network", type=Path, metavar="NETWORK", help="folder of reparam.py --method best")
     add_cost_of(group)
-    add_dropout_ratio(group, "MACs, or with --cost-of of the time,")
+    add_dropout_ratio(group, DROPOUT_RATIO, "MACs, or with --cost-of of the time,")
     group.add_argument(
         "--output", type=Path, metavar="FILE", help=f"where to write to (default: {MASK_TABLE} beside the weights)"
     )

@@ -64,7 +64,10 @@ def largest_within(
     better = sorted(range(found, len(table)), key=lambda code: (-fidelity[code], code)) if fidelity else [found]
     chosen = next(code for code in better if latencies.of(code) <= limits["latency"])
     if chosen != found:
-        say(f"op code {chosen} is chosen, not the larger op code {found}: its fidelity is better, as measured before")
+        say(
+            f"op code {chosen} is chosen, not the larger op code {found}: its fidelity is better, as the report beside "
+            "the weights says"
+        )
     return chosen
 
 

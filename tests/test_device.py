@@ -25,7 +25,7 @@ from studies import devices
 from supernet import timing
 from supernet.contraction import contract_network, save_contracted
 from supernet.device import DeviceProfile, shape_of
-from supernet.profiling import measure_profile, measured_widths
+from supernet.profiling import measure_profile, measured_widths, networks_to_measure
 from supernet.tables import table_of_losses
 from utils import UserError, run_program
 
@@ -108,6 +108,8 @@ def test_measuring_finds_the_times_of_a_device_that_adds_up(backbone: Backbone, 
         widths = {key: round(width * share) for key, width in full.items()} | {"0.mlp": 0}
         expected = 7e-3 + sum(step_and_slope(key, width) for key, width in widths.items())
         assert profile.of(widths) == pytest.approx(expected, rel=1e-3)
+    assert profile.content["errors"]["networks"] == len(networks_to_measure(backbone))
+    assert profile.content["errors"]["largest"] < 1e-3
     assert DeviceProfile(profile.content, backbone, "tiny").content == profile.content  # it can be read again
 
 

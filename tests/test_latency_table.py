@@ -22,11 +22,16 @@ TABLE = MaskTable([{"0.attn": 16 - 2 * code, "0.mlp": 64} for code in range(5)])
 STAMP = "0123456789abcd"
 
 
+def macs(op_code: int) -> int:
+    """The MACs of a size of TABLE."""
+    return 1000 - op_code
+
+
 def filled(path: Path, rows: dict[object, object]) -> Path:
     """A measure.csv with these rows, op code -> milliseconds."""
-    write_measure(path, [(f"op_{code}/model.onnx", code) for code in rows])
+    write_measure(path, [(f"op_{code}/model.onnx", code, macs(int(code))) for code in rows])
     lines = path.read_text().splitlines()
-    assert lines[0] == "file,op_code,milliseconds" and all(line.endswith(",") for line in lines[1:])
+    assert lines[0] == "file,op_code,macs_linear,milliseconds" and all(line.endswith(",") for line in lines[1:])
     path.write_text("\n".join([lines[0], *(f"{line}{ms}" for line, ms in zip(lines[1:], rows.values(), strict=True))]))
     return path
 
@@ -34,13 +39,13 @@ def filled(path: Path, rows: dict[object, object]) -> Path:
 def test_sizes_between_the_rows_are_interpolated(tmp_path: Path, capsys: pytest.CaptureFixture):
     path = filled(tmp_path / "measure.csv", {0: 10, 2: 6, 4: 1})
     path.write_text(path.read_text(), encoding="utf-8-sig")  # as spreadsheets write it
-    found = LatencyTable(path, TABLE, batch_size=2)
+    found = LatencyTable(path, TABLE, macs, batch_size=2)
     assert [found.of(code) for code in range(5)] == pytest.approx([0.010, 0.008, 0.006, 0.0035, 0.001])
     assert found.where == f"2 images, as {tmp_path / 'measure.csv'} says" and capsys.readouterr().out == ""
 
 
 def test_a_smaller_size_that_is_slower_is_a_note(tmp_path: Path, capsys: pytest.CaptureFixture):
-    LatencyTable(filled(tmp_path / "measure.csv", {4: 1, 3: 7, 0: 10, 1: 6}), TABLE)
+    LatencyTable(filled(tmp_path / "measure.csv", {4: 1, 3: 7, 0: 10, 1: 6}), TABLE, macs)
     assert "op code 3, 7 ms, is slower than the larger op code 1, 6 ms" in capsys.readouterr().out
 
 
@@ -56,22 +61,31 @@ def test_a_smaller_size_that_is_slower_is_a_note(tmp_path: Path, capsys: pytest.
         ({2: 10, 4: 1}, r"no row for op code 0, the largest size"),
         ({0: 10, 2: 5}, r"no row for op code 4, the smallest size"),
         ({0: 1, 2: 5, 4: 10}, r"the times grow: op code 4, the smallest size, takes 10 ms, op code 0, .* 1 ms"),
-        ({}, r"holds no latencies: it needs the columns file, op_code, milliseconds"),
+        ({}, r"holds no latencies: it needs the columns op_code and milliseconds"),
     ],
 )
 def test_a_table_that_is_wrong_is_one_line(rows: dict, says: str, tmp_path: Path):
     with pytest.raises(UserError, match=says) as error:
-        LatencyTable(filled(tmp_path / "measure.csv", rows), TABLE)
+        LatencyTable(filled(tmp_path / "measure.csv", rows), TABLE, macs)
     assert "\n" not in str(error.value)
+
+
+def test_times_of_another_network_or_mask_table_are_one_line(tmp_path: Path):
+    path = filled(tmp_path / "measure.csv", {0: 10, 4: 1})
+    says = r"line 3: op code 4 has 996 MACs there and 500 here: the times are of another network or mask table; export"
+    with pytest.raises(UserError, match=says):
+        LatencyTable(path, TABLE, lambda code: 500 if code else 1000)
+    path.write_text("op_code,milliseconds\n0,10\n4,1\n")  # written by hand, without them
+    assert LatencyTable(path, TABLE, macs).of(2) == pytest.approx(0.0055)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"a,b\n1,2\n", b"op_code,milliseconds\n1\n"])
 def test_a_file_that_is_no_table_is_one_line(content: bytes, tmp_path: Path):
     (tmp_path / "measure.csv").write_bytes(content)
     with pytest.raises(UserError, match=r"measure\.csv"):
-        LatencyTable(tmp_path / "measure.csv", TABLE)
+        LatencyTable(tmp_path / "measure.csv", TABLE, macs)
     with pytest.raises(UserError, match=r"none\.csv cannot be read: No such file"):
-        LatencyTable(tmp_path / "none.csv", TABLE)
+        LatencyTable(tmp_path / "none.csv", TABLE, macs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,7 +111,7 @@ def report(network: Network, kl: dict[int, float], **more: Any) -> None:
 
 def test_the_size_is_chosen_by_the_table(network: Network, tmp_path: Path):
     last = len(network.table) - 1
-    latencies = LatencyTable(filled(tmp_path / "measure.csv", {0: 1000, last: 1000 - last}), network.table)
+    latencies = LatencyTable(filled(tmp_path / "measure.csv", {0: 1000, last: 1000 - last}), network.table, macs)
     assert network.select(max_latency=0.9975, latencies=latencies) == 3
     assert network.select(min_throughput=1 / 0.9965, latencies=latencies) == 4
     with pytest.raises(UserError, match=r"no sub-network takes at most .* says: the fastest, op code"):
@@ -108,7 +122,7 @@ def test_of_the_sizes_that_are_fast_enough_the_one_nearest_to_the_whole_network_
     network: Network, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     last = len(network.table) - 1
-    latencies = LatencyTable(filled(tmp_path / "measure.csv", {0: 10, last: 5}), network.table)
+    latencies = LatencyTable(filled(tmp_path / "measure.csv", {0: 10, last: 5}), network.table, macs)
     limit = latencies.of(4)
     assert network.select(max_latency=limit, latencies=latencies) == 4
     report(network, {0: 0.0, 3: 0.1, 4: 0.3, 6: 0.2, last: 2.0})

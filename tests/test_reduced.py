@@ -111,8 +111,9 @@ def test_an_onnx_file_says_what_it_is(exported: Path, road: Road):
 def test_all_sizes_come_with_a_table_to_fill_in(exported: Path, road: Road, tmp_path: Path, capsys):
     lines = (exported / "measure.csv").read_text().splitlines()
     last = len(load(road.peelable).table) - 1
-    assert lines[0] == "file,op_code,milliseconds" and len(lines) == 7
-    assert lines[1:3] == ["op_0/model.onnx,0,", "op_0/model_fp16.onnx,0,"]
+    macs = load(road.peelable).macs()
+    assert lines[0] == "file,op_code,macs_linear,milliseconds" and len(lines) == 7
+    assert lines[1:3] == [f"op_0/model.onnx,0,{macs},", f"op_0/model_fp16.onnx,0,{macs},"]
     measured = tmp_path / "measure.csv"
     measured.write_text("\n".join([lines[0], *(line + ("4" if ",0," in line else "2") for line in lines[1::3])]))
     flags = ("--latency", "3ms", "--latency-table", measured, "--device", "cpu", "--output", tmp_path / "out")
