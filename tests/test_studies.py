@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import PLAIN, SHAPE, batches, encoder_files, random_backbone, random_data, relative
 
 import main as program
@@ -26,13 +26,14 @@ from piad import importance
 from piad.dropout_list import unit_sizes
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
-from studies import alternatives, choices, encoders, quantized, recipes, regimes, training
+from studies import alternatives, choices, encoders, linear_probe, quantized, recipes, regimes, training, truncation
 from studies.common import Results, run_entry_point, zero_dims
 from studies.criteria import ClassTokenOnly, EqualTokens
 from studies.regimes import CHOICES
 from studies.two_widths import extract_parted, parted
 from supernet import Network
 from supernet.graphs import ONNX_PACKAGES
+from utils import UserError
 from wpac.statistics import TokenCollector, TokenMoments, collect_statistics
 
 
@@ -344,3 +345,23 @@ def test_a_sandwich_costs_as_much_as_single_networks(contracted: Path):
         spent[sandwich] = sum(count_macs(network.model, widths) for widths in itertools.chain(*steps))
     assert {len(widths) for widths in steps} == {0, 3}
     assert spent[True] == pytest.approx(spent[False], rel=0.03)
+
+
+def test_a_linear_probe_is_a_classifier_of_the_same_encoder(contracted: Path, tmp_path: Path, capsys):
+    weights = load_file(contracted.parent / "plain.safetensors")
+    encoder = {name: value for name, value in weights.items() if not name.startswith("head.")}
+    save_file(encoder, tmp_path / "encoder.safetensors")
+    words = [*DIGITS, *MODEL, "num_classes=0", "--crop-pct", 1, "--checkpoint", tmp_path / "encoder.safetensors"]
+    run_entry_point(
+        linear_probe.main, *words, "--output", tmp_path / "probe.safetensors", "--val-images", 200, "--strength", 1
+    )
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    probe = load_file(tmp_path / "probe.safetensors")
+    assert all(torch.equal(probe[name], value) for name, value in encoder.items())
+    assert found["val_images"] == 200 and found["top1"] > 30  # by chance: 10
+    words = [*DIGITS, "--checkpoint", tmp_path / "probe.safetensors", "--val-images", 200, "--name", "probe"]
+    run_entry_point(truncation.main, *words, "--draws", 0, "--parts", "cost", "--output-dir", tmp_path)
+    content = json.loads((tmp_path / "truncation_probe.json").read_text())
+    assert content["whole"][0]["top1"] > 30 and len(content["rows"]) == 9
+    with pytest.raises(UserError, match=r"has a head of 10 classes: give an encoder"):
+        run_entry_point(linear_probe.main, *words[:-2], "--output", tmp_path / "other.safetensors")
