@@ -19,7 +19,7 @@ import torch
 
 from arguments import open_network
 from datasets import Images, check_labels, open_images
-from export_arguments import check_arguments, parse_arguments
+from export_arguments import check_arguments, parse_arguments, say_what_is_timed
 from files import read_json, write_text
 from models.loading import fit_head
 from models.targets import TARGETS
@@ -40,6 +40,7 @@ def main() -> None:
     """Opens the network, then measures, writes and checks each size; in the end all files are there, or none."""
     args = parse_arguments()
     check_arguments(args)
+    say_what_is_timed(args)
     init_processes(args)
     seed_everything(args.seed)
     network = open_network(args)
@@ -67,7 +68,7 @@ def main() -> None:
             if name != "folder"
         ]
         if args.frontier and measured:
-            write_measure(folder / MEASURE, measured)
+            write_measure(folder / MEASURE, measured, args.static_batch or 1)
     print("\n".join(text for text in (table_of([table_row(row) for row in rows]), reduced_table(rows)) if text))
     say(f"written: {args.output}, {len(rows)} size{'s' if len(rows) > 1 else ''}, and index.json")
 

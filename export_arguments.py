@@ -19,9 +19,10 @@ from arguments import (
 )
 from files import check_output_dir
 from size_arguments import add_size_arguments
-from supernet.formats import FORMATS, NEEDS, REDUCED
+from supernet.formats import FORMATS, NEEDS, ONNX, REDUCED
 from supernet.graphs import check_packages
-from utils import UserError
+from supernet.latency_table import MEASURE, is_filled_in
+from utils import UserError, say
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,10 +60,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     group.add_argument(
-        "--force",
+        "--replace",
         action="store_true",
-        help="replace what an earlier export wrote to --output, and files of the same names; write a file in float16 "
-        "or int8 although its fidelity is below the limit",
+        help="replace what an earlier export wrote to --output, and files of the same names",
+    )
+    group.add_argument(
+        "--force", action="store_true", help="write a file in float16 or int8 although its fidelity is below the limit"
     )
     group.add_argument(
         "--static-batch",
@@ -108,6 +111,24 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--measure {name} needs --data-set")
     if args.refit is not False and not args.data_set:
         raise UserError("--refit needs images: give --data-set and --data-path")
+    if args.static_batch and set(args.format) == {"folder"}:
+        raise UserError("--static-batch is for torch-export and ONNX files: a folder takes any batch; leave it out")
+    if args.latency_table and (args.runtime != "eager" or args.amp):
+        raise UserError("--latency-table holds times that were measured elsewhere: leave --runtime and --amp out")
     check_output_dir(args.output, "--output")
-    if args.output.exists() and any(args.output.iterdir()) and not args.force:
-        raise UserError(f"--output {args.output} exists and is not empty: give another folder, or --force")
+    if args.output.exists() and any(args.output.iterdir()) and not args.replace:
+        raise UserError(f"--output {args.output} exists and is not empty: give another folder, or --replace")
+    if is_filled_in(args.output / MEASURE):
+        raise UserError(f"{args.output / MEASURE} holds times that would be lost: move it elsewhere, or remove it")
+
+
+def say_what_is_timed(args: argparse.Namespace) -> None:
+    """Prints a line where the times that choose a size, or are written down, are not those of the files."""
+    timed = args.latency or args.throughput or "latency" in args.measure
+    if not timed or args.latency_table:
+        return
+    if set(args.format) <= set(ONNX) and args.runtime != "onnxruntime":
+        say(f"times are those of --runtime {args.runtime}, not of the ONNX files: give --runtime onnxruntime")
+    reduced = [name for name in args.format if name in REDUCED]
+    if reduced:
+        say(f"times are those of float32: to choose by those of {' and '.join(reduced)}, see --latency-table")

@@ -32,4 +32,4 @@ set -- "$FOLDER" --data-set "$DATA_SET" --measure fidelity --proxy-samples "$PRO
 [ -z "$DATA_PATH" ] || set -- "$@" --data-path "$DATA_PATH"
 [ "$REFIT" = no ] || set -- "$@" --refit "$REFIT"
 # shellcheck disable=SC2086 # these hold several words each
-exec "$PYTHON" "$here/export.py" "$@" $SIZES --format $FORMAT --output "$COMPRESSED" --force
+exec "$PYTHON" "$here/export.py" "$@" $SIZES --format $FORMAT --output "$COMPRESSED" --replace

@@ -54,7 +54,8 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
             [],
             "5ms",
             "at most this time for a batch of --batch-size on --device under --amp in --runtime; sizes are measured "
-            "by bisection, and the figures kept in latency.json beside the weights; us, ms or s",
+            "by bisection, and the figures kept in latency.json beside the weights; a smaller size is chosen where its "
+            "fidelity is known to be better; us, ms or s",
         ),
         ("--throughput", amount, [], "2000", "at least this many images per second, measured as --latency is"),
     ):
@@ -76,6 +77,6 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
         "--latency-table",
         type=Path,
         metavar="CSV",
-        help="for --latency and --throughput: milliseconds of a batch of --batch-size that were measured elsewhere, as "
-        "in the measure.csv that export.py writes; sizes between its rows are interpolated",
+        help="for --latency and --throughput: milliseconds of a batch that were measured elsewhere, as in the "
+        "measure.csv that export.py writes; sizes between its rows are interpolated",
     )

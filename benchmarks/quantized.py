@@ -37,7 +37,7 @@ from models.extraction import extract
 from models.macs import count_macs
 from report.exports import FileModel
 from supernet.formats import model_of_target
-from supernet.graphs import Outputs, graph_of, onnx_outputs, write_onnx_graph
+from supernet.graphs import ONNX_PACKAGES, Outputs, check_packages, graph_of, onnx_outputs, write_onnx_graph
 from supernet.reduction import write_float16, write_int8
 from supernet.timing import time_alternately
 from utils import run_program
@@ -119,6 +119,9 @@ def main() -> None:
     parser.add_argument("--calibration", type=positive, default=256, help="images to calibrate on")
     parser.add_argument("--images", type=positive, default=1000, help="held-out images to compare on")
     args = parser.parse_args()
+    check_packages(ONNX_PACKAGES, "benchmarks.quantized")
+    if args.device != "cpu":
+        parser.error(f"--device {args.device}: ONNX Runtime is timed on the CPU here, leave it out")
     device = prepare(args, parser)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure_operators(args, Path(folder)) if args.checkpoint else measure_speed(args, device, Path(folder))

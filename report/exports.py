@@ -41,7 +41,7 @@ def measure(
 
     With its latency, where that is to be measured or was before, and with what the evaluator finds.
     """
-    row: dict[str, Any] = {"op_code": code, "grade": network.grade_of(small), **describe(small)}
+    row: dict[str, Any] = {"op_code": network.known_code(code), "grade": network.grade_of(small), **describe(small)}
     row |= {"memory": count_sizes(small)["memory"], "widths": network.table.widths(code)}
     seconds = latencies.of(code) if "latency" in args.measure else latencies.seconds.get(code)
     if seconds is not None:
@@ -115,7 +115,7 @@ def calibration(args: argparse.Namespace, network: Network) -> Callable[[], Iter
     train = open_images(args.data_set, args.data_path, "train", args.index, args.seed)
     proxy = proxy_set(train, args.proxy_samples, args.seed)
     size = args.static_batch or BATCH
-    needed = max(FEWEST, size)
+    needed = -(-FEWEST // size) * size if args.static_batch else FEWEST
     if len(proxy) < needed:
         raise UserError(
             f"--format onnx-int8 has {len(proxy)} images to calibrate on, and needs {needed}: give more with "

@@ -120,8 +120,10 @@ def open_at_sizes(args: argparse.Namespace, num_classes: int | None) -> tuple[Ne
     if network.is_subnetwork:
         if args.refit is not False:
             raise UserError(f"{args.checkpoint} is a sub-network, which is cut already: leave --refit out")
-        if asks_for_size(args) or args.frontier:
-            raise UserError(f"{args.checkpoint} is a sub-network, which has one size: leave --op-code and budgets out")
+        if asks_for_size(args) or args.frontier or args.latency_table:
+            raise UserError(
+                f"{args.checkpoint} is a sub-network, which has one size: leave --op-code, budgets and tables out"
+            )
     if network.target == "logits" and num_classes is not None:
         fit_head(network.model, num_classes, remake=False)
     return network, [0] if network.is_subnetwork else chosen_op_codes(args, network)
@@ -205,8 +207,8 @@ def evaluate_sizes(
         small = (cut or network.cut)(code).to(device)
         speed = {"images_per_second": batch_size / measure_latency(small, batch_size, amp, runtime)}
         found = evaluator(small)
-        row = {"op_code": code, "grade": network.grade_of(small), **describe(small), **found, **speed}
-        row["widths"] = network.table.widths(code)
+        row = {"op_code": network.known_code(code), "grade": network.grade_of(small)}
+        row |= {**describe(small), **found, **speed, "widths": network.table.widths(code)}
         if baseline is not None:
             main = next(iter(measures_of(found)))
             row[f"baseline_{main}"] = evaluator(baseline.cut(code))[main]

@@ -39,7 +39,7 @@ def latencies_of(args: argparse.Namespace, network: Network) -> Latencies | Late
     if args.latency_table:
         if not (args.latency or args.throughput):
             raise UserError("--latency-table is for --latency or --throughput: give one of them, such as --latency 5ms")
-        return LatencyTable(args.latency_table, network.table, network.macs, args.batch_size)
+        return LatencyTable(args.latency_table, network.table, network.macs)
     folder = (args.mask_table or network.source).parent
     return network.latencies(args.batch_size, args.amp, torch.device(args.device), folder, args.runtime)
 

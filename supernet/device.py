@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def _checked(content: Any) -> dict[str, Any]:
 def _curve(shape: str, seconds: dict[str, Any], full: int) -> tuple[list[int], list[float]]:
     """Widths, ascending from 0, and the seconds at each of them."""
     for width, value in seconds.items():
-        if not (width.isdecimal() and width.isascii() and int(width) <= full):
+        if not re.fullmatch(r"0|[1-9]\d{0,6}", width, re.ASCII) or int(width) > full:
             raise UserError(f"{shape}: {shown(repr(width))} is not a width from 0 to {full}")
         if not _is_time(value):
             raise UserError(f"{shape}: width {width} takes {shown(repr(value))}, which is not a number of seconds")

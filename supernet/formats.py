@@ -96,7 +96,7 @@ def write_formats(
         entry["files"][name] = str(path.relative_to(folder))
         if name in REDUCED:
             entry["reduced"][name] = checks.fidelity(outputs_of, small)
-            check_fidelity(f"{name} of op code {row['op_code']}", entry["reduced"][name], checks.force)
+            check_fidelity(name, row["op_code"], entry["reduced"][name], checks.force)
         else:
             entry["relative_error"][name] = check_error(f"{name} of op code {row['op_code']}", outputs_of, size, checks)
     return {key: value for key, value in entry.items() if value}
@@ -112,15 +112,16 @@ def check_error(what: str, outputs_of: Outputs, size: Size, checks: Checks) -> d
     return errors
 
 
-def check_fidelity(what: str, measures: dict[str, Any], force: bool) -> None:
-    """Raises UserError where the fidelity is below LIMITS; with `force`, prints it."""
-    name = next(name for name in LIMITS if name in measures)
-    value, limit = measures[name], LIMITS[name]
-    if value <= limit if name == "kl" else value >= limit:
+def check_fidelity(name: str, op_code: int, measures: dict[str, Any], force: bool) -> None:
+    """Raises UserError where the fidelity of a format, one of REDUCED, is below LIMITS; with `force`, prints it."""
+    measure = next(key for key in LIMITS if key in measures)
+    value, limit = measures[measure], LIMITS[measure]
+    if value <= limit if measure == "kl" else value >= limit:
         return
-    words = f"{what}: {name} {value:.3g} against float32, the limit is {limit:g}"
+    words = f"{name} of op code {op_code}: {measure} {value:.3g} against float32, the limit is {limit:g}"
     if not force:
-        raise UserError(f"{words}: calibrate on more images (--proxy-samples), or give --force to write it")
+        better = "calibrate on more images (--proxy-samples)" if name == "onnx-int8" else "leave this format out"
+        raise UserError(f"{words}: {better}, or give --force to write it")
     say(f"{words}: written because of --force")
 
 

@@ -106,7 +106,7 @@ class Network:
         max_macs: per image, as `convention` counts ("linear" or "full").  max_params.  max_memory: bytes of the
         weights.  max_latency: seconds per batch.  min_throughput: images per second.  The last two are measured as
         `latencies` says (see latencies()), by default for one image on the model's device. With one of them, a smaller
-        size is chosen where its fidelity is better, if a frontier.json beside the weights says so.
+        size is chosen where its fidelity is better, if a frontier.json or index.json beside the weights says so.
         Raises UserError where no size meets the limits, naming the smallest one, or the fastest.
         """
         limits = {"macs": max_macs, "params": max_params, "memory": max_memory, "latency": max_latency}
@@ -186,6 +186,10 @@ class Network:
         table, facts = MaskTable([full_widths(small)]), {"op_code": op_code}
         more = {"is_subnetwork": True, "averaged": False, "facts": facts, "dim_losses": None}
         return replace(self, model=small, table=table, grade=grade, **more)
+
+    def known_code(self, op_code: int) -> int:
+        """What reports call an op code of the table: of a sub-network, its op code in the super-network, if known."""
+        return self.facts.get("op_code", op_code) if self.is_subnetwork else op_code
 
     def grade_of(self, small: Backbone) -> str:
         """How a sub-network that cut() gave was made."""

@@ -63,6 +63,8 @@ def opened(args: argparse.Namespace) -> supernet.Network:
         if found.is_subnetwork:
             raise UserError(f"{path} is a sub-network: give the whole network, which is measured at several widths")
         return found
+    if args.use_ema:
+        raise UserError(f"--eval-ema is for a checkpoint, and {args.network} is the name of a model: leave it out")
     if args.model not in (None, args.network):
         raise UserError(f"{path} does not exist, so it was taken for the name of a model, but --model is {args.model}")
     return supernet.create(args.network, kwargs)

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from utils import UserError
+
 from .graphs import IMAGES
 
 LINEAR = ("MatMul", "Gemm")  # what the exporter makes of a linear layer
@@ -74,6 +76,10 @@ def _nodes(path: Path, operators: str) -> list[str] | None:
     linear = [node for node in products if weights & {*node.input[:2]}]
     blocks = [node for node in linear if any("blocks." in name for name in weights & {*node.input[:2]})]
     found = {"blocks": blocks, "linear": linear, "products": products, "all": None}[operators]
+    if found == []:  # for ONNX Runtime, an empty list would mean all nodes
+        raise UserError(
+            "--format onnx-int8: all blocks of this size are bypassed, so nothing is left to quantize: leave it out"
+        )
     return found and [node.name for node in found]
 
 

@@ -39,9 +39,10 @@ def check_runtime(runtime: str) -> str:
 
 
 def version_of(runtime: str) -> str:
-    """The runtime with its version; PyTorch's own stand for its version."""
+    """The runtime, ONNX Runtime with its version. Raises UserError where that is not installed."""
     if runtime != "onnxruntime":
         return runtime
+    check_runtime(runtime)
     import onnxruntime  # here, because it is an optional package
 
     return f"{runtime} {onnxruntime.__version__}"

@@ -433,6 +433,7 @@ def test_flags_and_paths_that_do_not_fit(best: Path, tmp_path: Path, capsys: pyt
         ("reparam.py", "--method", "best", "--cost-of", "device.json"): "--cost-of says what --mask-table is made for",
         ("supernet.profile", "deit_smal_patch16_224"): "unknown model 'deit_smal_patch16_224'",
         ("supernet.profile", tmp_path / "none"): "none does not exist",
+        ("supernet.profile", "deit_tiny_patch16_224", "--eval-ema"): "--eval-ema is for a checkpoint",
         ("supernet.profile", best, "--output", tmp_path): "is a folder: give a file, such as",
         ("supernet.profile", tmp_path / "small"): "small is a sub-network: give the whole network",
         ("supernet.retable", best, "--cost-of", tmp_path / "none.json"): "cannot read",

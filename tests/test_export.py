@@ -200,6 +200,9 @@ def test_a_sub_network_is_exported_as_it_is(road: Road, tmp_path: Path):
     (row,) = json.loads((tmp_path / "index.json").read_text())["sizes"]
     before, after = load(road.peeled), load(tmp_path)
     assert after.facts == before.facts and row["accuracy"] == before.facts["accuracy"]
+    extra = {"metadata.json": ""}
+    torch.export.load(tmp_path / "model.pt2", extra_files=extra)
+    assert row["op_code"] == json.loads(extra["metadata.json"])["op_code"] == before.facts["op_code"]
     images = torch.randn(3, 1, 16, 16)
     assert torch.equal(after.model(images), before.model(images))
 
@@ -229,6 +232,11 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
         (("--op-code", 0, "--measure", "top1"), ("--measure top1 needs --data-set",)),
         (("--op-code", 0, "--measure", "fidelity"), ("--measure fidelity needs --data-set",)),
         (("--op-code", 0, "--data-set", "folder", "--data-path", "/none"), ("/none does not exist",)),
+        (("--op-code", 0, "--static-batch", 2), ("--static-batch is for torch-export and ONNX files",)),
+        (
+            ("--latency", "5ms", "--latency-table", "measure.csv", "--runtime", "compile"),
+            ("--latency-table holds times that were measured elsewhere: leave --runtime and --amp out",),
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_one_line(flags: tuple, says: tuple, road: Road, tmp_path: Path, capsys):
@@ -276,11 +284,11 @@ def test_an_output_that_exists_is_written_over_only_with_force(road: Road, tmp_p
     (output / "notes.txt").write_text("mine")
     before = snapshot(tmp_path)
     line = refused(capsys, road.peelable, "--op-code", 5, "--output", output)
-    assert "exists and is not empty" in line and "--force" in line and snapshot(tmp_path) == before
-    export(road, output, "--op-code", 5, "--force")
+    assert "exists and is not empty" in line and "--replace" in line and snapshot(tmp_path) == before
+    export(road, output, "--op-code", 5, "--replace")
     assert load(output).facts["op_code"] == 5
     assert snapshot(tmp_path).keys() == before.keys() and (output / "notes.txt").read_text() == "mine"
-    line = refused(capsys, road.peelable, "--op-code", 5, "--output", output / "notes.txt", "--force")
+    line = refused(capsys, road.peelable, "--op-code", 5, "--output", output / "notes.txt", "--replace")
     assert "--output " in line and "notes.txt is a file" in line
 
 
@@ -305,7 +313,7 @@ def test_relative_error_sees_one_image_and_a_nan(road: Road):
 def test_force_removes_what_the_earlier_export_left(road: Road, tmp_path: Path):
     export(road, tmp_path / "out", "--all", 3)
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    index = export(road, tmp_path / "out", "--op-code", 2, "--force")
+    index = export(road, tmp_path / "out", "--op-code", 2, "--replace")
     left = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")}
     assert left == {"notes.txt", "index.json", "model.safetensors", "config.json", "model.py"}
     assert index["averaged_weights"] is False

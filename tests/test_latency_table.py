@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from programs import Road, exit_code
+from programs import Road, exit_code, run
 from timm.models.vision_transformer import VisionTransformer
 from tiny import evenly_dropped, random_backbone
 
@@ -27,19 +28,21 @@ def macs(op_code: int) -> int:
     return 1000 - op_code
 
 
-def filled(path: Path, rows: dict[object, object]) -> Path:
+def filled(path: Path, rows: dict[object, object], batch_size: int = 1, of: Callable[[int], int] = macs) -> Path:
     """A measure.csv with these rows, op code -> milliseconds."""
-    write_measure(path, [(f"op_{code}/model.onnx", code, macs(int(code))) for code in rows])
+    write_measure(path, [(f"op_{code}/model.onnx", code, of(int(code))) for code in rows], batch_size)
     lines = path.read_text().splitlines()
-    assert lines[0] == "file,op_code,macs_linear,milliseconds" and all(line.endswith(",") for line in lines[1:])
+    assert lines[0] == "file,op_code,macs_linear,batch_size,milliseconds" and all(
+        line.endswith(",") for line in lines[1:]
+    )
     path.write_text("\n".join([lines[0], *(f"{line}{ms}" for line, ms in zip(lines[1:], rows.values(), strict=True))]))
     return path
 
 
 def test_sizes_between_the_rows_are_interpolated(tmp_path: Path, capsys: pytest.CaptureFixture):
-    path = filled(tmp_path / "measure.csv", {0: 10, 2: 6, 4: 1})
+    path = filled(tmp_path / "measure.csv", {0: 10, 2: 6, 4: 1}, batch_size=2)
     path.write_text(path.read_text(), encoding="utf-8-sig")  # as spreadsheets write it
-    found = LatencyTable(path, TABLE, macs, batch_size=2)
+    found = LatencyTable(path, TABLE, macs)
     assert [found.of(code) for code in range(5)] == pytest.approx([0.010, 0.008, 0.006, 0.0035, 0.001])
     assert found.where == f"2 images, as {tmp_path / 'measure.csv'} says" and capsys.readouterr().out == ""
 
@@ -79,6 +82,14 @@ def test_times_of_another_network_or_mask_table_are_one_line(tmp_path: Path):
     assert LatencyTable(path, TABLE, macs).of(2) == pytest.approx(0.0055)
 
 
+@pytest.mark.parametrize("batches", [("1", "2"), ("0", "0"), ("many", "many"), ("4", "")])
+def test_times_of_several_batch_sizes_are_one_line(batches: tuple[str, str], tmp_path: Path):
+    path = tmp_path / "measure.csv"
+    path.write_text("op_code,batch_size,milliseconds\n" + f"0,{batches[0]},10\n4,{batches[1]},1\n")
+    with pytest.raises(UserError, match=r"batch_size is .*, not the same number of images in all rows"):
+        LatencyTable(path, TABLE, macs)
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"a,b\n1,2\n", b"op_code,milliseconds\n1\n"])
 def test_a_file_that_is_no_table_is_one_line(content: bytes, tmp_path: Path):
     (tmp_path / "measure.csv").write_bytes(content)
@@ -111,7 +122,8 @@ def report(network: Network, kl: dict[int, float], **more: Any) -> None:
 
 def test_the_size_is_chosen_by_the_table(network: Network, tmp_path: Path):
     last = len(network.table) - 1
-    latencies = LatencyTable(filled(tmp_path / "measure.csv", {0: 1000, last: 1000 - last}), network.table, macs)
+    path = filled(tmp_path / "measure.csv", {0: 1000, last: 1000 - last}, of=network.macs)
+    latencies = LatencyTable(path, network.table, network.macs)
     assert network.select(max_latency=0.9975, latencies=latencies) == 3
     assert network.select(min_throughput=1 / 0.9965, latencies=latencies) == 4
     with pytest.raises(UserError, match=r"no sub-network takes at most .* says: the fastest, op code"):
@@ -122,7 +134,8 @@ def test_of_the_sizes_that_are_fast_enough_the_one_nearest_to_the_whole_network_
     network: Network, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     last = len(network.table) - 1
-    latencies = LatencyTable(filled(tmp_path / "measure.csv", {0: 10, last: 5}), network.table, macs)
+    path = filled(tmp_path / "measure.csv", {0: 10, last: 5}, of=network.macs)
+    latencies = LatencyTable(path, network.table, network.macs)
     limit = latencies.of(4)
     assert network.select(max_latency=limit, latencies=latencies) == 4
     report(network, {0: 0.0, 3: 0.1, 4: 0.3, 6: 0.2, last: 2.0})
@@ -159,3 +172,14 @@ def test_a_table_is_given_with_a_limit(road: Road, tmp_path: Path, capsys: pytes
     flags = (road.peelable, "--op-code", 0, "--latency-table", tmp_path / "measure.csv", "--output", tmp_path / "out")
     assert exit_code("export.py", *flags, "--device", "cpu") == 2
     assert "--latency-table is for --latency or --throughput: give one of them" in capsys.readouterr().err
+
+
+def test_a_table_that_is_filled_in_is_not_replaced(road: Road, tmp_path: Path, capsys: pytest.CaptureFixture):
+    write_measure(tmp_path / "measure.csv", [("op_0/model.onnx", 0, 1)])
+    flags = (road.peelable, "--op-code", 5, "--output", tmp_path, "--device", "cpu", "--replace")
+    run("export.py", *flags)  # it is empty, and goes
+    filled(tmp_path / "measure.csv", {0: 3})
+    assert exit_code("export.py", *flags) == 2
+    assert "measure.csv holds times that would be lost: move it elsewhere" in capsys.readouterr().err
+    (tmp_path / "measure.csv").write_bytes(b"\xff\xfe")  # what cannot be read is kept, too
+    assert exit_code("export.py", *flags) == 2

@@ -11,9 +11,10 @@ import pytest
 import torch
 from programs import Road, exit_code, run
 from test_families import FAMILIES
-from tiny import SHAPE
+from tiny import SHAPE, random_backbone
 
-from models.backbone import blocks_of, create_backbone
+from models.backbone import blocks_of, create_backbone, full_widths
+from models.extraction import extract
 from report import exports
 from supernet import formats, load
 from supernet.graphs import ONNX_PACKAGES, graph_of, in_batches, write_onnx_graph
@@ -88,6 +89,24 @@ def test_only_linear_layers_of_blocks_are_in_int8(name: str, kwargs: dict, targe
     assert all(any(other in key for key in in_float) for other in others)
 
 
+def test_a_size_without_blocks_has_nothing_in_int8(tmp_path: Path):
+    model = random_backbone(dtype=torch.float32)
+    small = extract(model, dict.fromkeys(full_widths(model), 0)).eval()
+    write_onnx_graph(graph_of(small, (3, 32, 32)), tmp_path / "a.onnx", "logits")
+    with pytest.raises(UserError, match="all blocks of this size are bypassed"):
+        write_int8(tmp_path / "a.onnx", tmp_path / "b.onnx", [torch.randn(4, 3, 32, 32)])
+
+
+def test_times_of_other_files_are_said(road: Road, tmp_path: Path, capsys):
+    flags = ("--op-code", -1, "--measure", "latency", "--device", "cpu", *DIGITS, "--force", "--output", tmp_path)
+    run("export.py", road.peelable, *flags, "--format", "onnx-int8")
+    said = capsys.readouterr().out
+    assert "times are those of --runtime eager, not of the ONNX files: give --runtime onnxruntime" in said
+    assert "times are those of float32: to choose by those of onnx-int8, see --latency-table" in said
+    run("export.py", road.peelable, *flags, "--replace", "--format", "onnx", "--runtime", "onnxruntime")
+    assert "times are those" not in capsys.readouterr().out
+
+
 def test_an_onnx_file_says_what_it_is(exported: Path, road: Road):
     import onnx
 
@@ -112,8 +131,8 @@ def test_all_sizes_come_with_a_table_to_fill_in(exported: Path, road: Road, tmp_
     lines = (exported / "measure.csv").read_text().splitlines()
     last = len(load(road.peelable).table) - 1
     macs = load(road.peelable).macs()
-    assert lines[0] == "file,op_code,macs_linear,milliseconds" and len(lines) == 7
-    assert lines[1:3] == [f"op_0/model.onnx,0,{macs},", f"op_0/model_fp16.onnx,0,{macs},"]
+    assert lines[0] == "file,op_code,macs_linear,batch_size,milliseconds" and len(lines) == 7
+    assert lines[1:3] == [f"op_0/model.onnx,0,{macs},1,", f"op_0/model_fp16.onnx,0,{macs},1,"]
     measured = tmp_path / "measure.csv"
     measured.write_text("\n".join([lines[0], *(line + ("4" if ",0," in line else "2") for line in lines[1::3])]))
     flags = ("--latency", "3ms", "--latency-table", measured, "--device", "cpu", "--output", tmp_path / "out")
@@ -162,8 +181,8 @@ def test_batches_of_one_size_take_any_number_of_images():
             "--format onnx-int8 has 31 images to calibrate on, and needs 32: give more with --proxy-samples",
         ),
         (
-            ("--format", "onnx-int8", "--data-set", "digits", "--proxy-samples", 40, "--static-batch", 64),
-            "--format onnx-int8 has 40 images to calibrate on, and needs 64",
+            ("--format", "onnx-int8", "--data-set", "digits", "--proxy-samples", 39, "--static-batch", 20),
+            "--format onnx-int8 has 39 images to calibrate on, and needs 40",
         ),
     ],
 )
@@ -195,9 +214,11 @@ def test_a_file_below_the_limit_is_written_only_with_force(road: Road, tmp_path:
 )
 def test_a_low_fidelity_is_written_only_with_force(measures: dict, limit: str, capsys):
     with pytest.raises(UserError, match=f"int8 of op code 3: {limit} against float32, the limit is .*--force to write"):
-        formats.check_fidelity("int8 of op code 3", measures, force=False)
-    formats.check_fidelity("int8 of op code 3", measures, force=True)
+        formats.check_fidelity("onnx-int8", 3, measures, force=False)
+    with pytest.raises(UserError, match=r"fp16 of op code 3: .* leave this format out, or give --force"):
+        formats.check_fidelity("onnx-fp16", 3, measures, force=False)
+    formats.check_fidelity("onnx-int8", 3, measures, force=True)
     assert "written because of --force" in capsys.readouterr().out
     with pytest.raises(UserError):
-        formats.check_fidelity("int8 of op code 3", {"kl": float("nan")}, force=False)
-    formats.check_fidelity("int8 of op code 3", {"kl": 0.001, "agreement": 99.0}, force=False)
+        formats.check_fidelity("onnx-int8", 3, {"kl": float("nan")}, force=False)
+    formats.check_fidelity("onnx-int8", 3, {"kl": 0.001, "agreement": 99.0}, force=False)

@@ -46,6 +46,8 @@ def test_a_runtime_that_cannot_run_it_is_one_line(monkeypatch: pytest.MonkeyPatc
     asked = "--runtime onnxruntime needs onnx, onnxruntime, onnxscript: python -m pip install -r"
     with pytest.raises(UserError, match=asked):
         runner(model, runtime="onnxruntime")
+    with pytest.raises(UserError, match=asked):
+        runtimes.version_of("onnxruntime")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     with pytest.raises(UserError, match="--amp is of PyTorch alone"):
         runner(model, amp=torch.bfloat16, runtime="onnxruntime")
