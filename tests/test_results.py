@@ -30,6 +30,7 @@ TABLES = {
     "contraction_vit_small_cifar10.json": contraction.markdown,
     "contraction_vit_digits.json": contraction.markdown,
     "truncation_vit_small_cifar10.json": truncation.markdown,
+    "truncation_encoder_probe.json": truncation.markdown,
     "regimes_vit_cifar10.json": regimes.markdown,
     "alternatives_vit_cifar10.json": alternatives.markdown,
     "latency_deit_tiny.json": latency.markdown,
