@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import supernet
-from arguments import Parser, add_amp, add_cost_of, add_data_set, positive, share
+from arguments import Parser, add_amp, add_cost_of, add_data_set, decimal, positive, share
 from benchmarks.common import CLOCKS, describe_machine
 from datasets import eval_loader, open_images, proxy_set
 from fidelity import Evaluator
@@ -35,7 +35,7 @@ from supernet.runtimes import RUNTIMES
 from supernet.timing import dtype_in_words, time_networks
 from utils import init_processes, run_program, say, seed_everything
 
-NEAR = [0.8 + 0.05 * step for step in range(9)]  # times of the sizes to compare with, as predicted, of the wanted one
+NEAR = [round(0.8 + 0.05 * step, 2) for step in range(9)]
 EVALUATED = 64  # images per batch in the evaluation, whatever the batch that is timed
 LOSSES = {"logits": "KL, nats", "features": "1 - cosine of the features", "tokens": "1 - cosine of the tokens"}
 
@@ -84,7 +84,7 @@ class Study:
             return
         wanted = part * self.profile.of(self.full)
         own = self.nearest("time", wanted)
-        near = sorted({self.nearest("MACs", wanted * factor) for factor in NEAR})
+        near = sorted({self.nearest("MACs", wanted * factor) for factor in self.args.near})
         sizes = {("time", own), *(("MACs", code) for code in near)}
         networks = {size: self.tables[size[0]].widths(size[1]) for size in sizes} | {"whole": self.full}
         found = time_networks(self.model, networks, **self.timing())
@@ -174,6 +174,15 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--runtime", choices=RUNTIMES, default="eager", help="what runs the networks (default: eager)")
     add_cost_of(group)
     group.add_argument("--shares", type=share, nargs="+", default=[0.75, 0.5, 0.25], help="of the whole network's time")
+    group.add_argument(
+        "--near",
+        type=decimal,
+        nargs="+",
+        default=NEAR,
+        metavar="X",
+        help="predicted times of the sizes to compare with, relative to the wanted one; all are in memory at once "
+        "(default: 0.8 to 1.2 in steps of 0.05)",
+    )
     group.add_argument("--repeats", type=positive, default=15, metavar="N", help="timed rounds (default: 15)")
     group.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: CPU time, for a shared machine, one thread"
