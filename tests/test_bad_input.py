@@ -216,7 +216,11 @@ FOLDERS = [
         (*EVAL, "--checkpoint", "{folder}"),
         "is not a super-network, which has mask_table",
     ),
-    case("a budget for one size", (*FOLDER, "{peeled}", "--latency", "5ms"), "has one size: leave --op-code and"),
+    case(
+        "a budget for one size",
+        (*FOLDER, "{peeled}", "--latency", "5ms"),
+        "has one size: leave --op-code, budgets and tables out",
+    ),
     case("no sub-network there", (*FOLDER, "{folder}/none"), "none does not exist: give weights, or the folder"),
     *(
         case(f"a sub-network that is {name}", (*FOLDER, f"{{folder}}/{name}"), *says)
