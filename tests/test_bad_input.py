@@ -221,6 +221,7 @@ FOLDERS = [
         (*FOLDER, "{peeled}", "--latency", "5ms"),
         "has one size: leave --op-code, budgets and tables out",
     ),
+    case("a latency table for one size", (*FOLDER, "{peeled}", "--latency-table", "measure.csv"), "and tables out"),
     case("no sub-network there", (*FOLDER, "{folder}/none"), "none does not exist: give weights, or the folder"),
     *(
         case(f"a sub-network that is {name}", (*FOLDER, f"{{folder}}/{name}"), *says)

@@ -301,6 +301,7 @@ BAD: dict[str, tuple[Callable[[str], str], str]] = {
     "a list of times": (edited(lambda c: c["modules"][ATTN].update(seconds=[1])), "count or seconds are missing"),
     "no full width": (times(w16=None), f"{ATTN}: the time at the full width, 16, is missing"),
     "a width beyond": (times(w17=1.0), "'17' is not a width from 0 to 16"),
+    "a width of 5,000 digits": (times(**{"w" + "9" * 5000: 1.0}), "is not a width from 0 to 16"),
     "a width in words": (times(wide=1.0), "'ide' is not a width from 0 to 16"),
     "times that fall": (times(w4=2.0), "less than width 4 (2 s); a smaller width must not take longer"),
     "a negative time": (times(w4=-0.1), "width 4 takes -0.1, which is not a number of seconds"),

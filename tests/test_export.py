@@ -95,7 +95,8 @@ def test_a_file_opens_alone_at_any_batch_size(name: str, road: Road, tmp_path: P
 
 def test_a_torch_export_file_says_what_it_is(road: Road, tmp_path: Path):
     index = export(road, tmp_path / "out", "--all", 2, "--format", "torch-export")
-    assert (tmp_path / "out" / "measure.csv").read_text().splitlines()[1].startswith("op_0/model.pt2,0,")
+    (row, _) = index["sizes"]
+    assert (tmp_path / "out" / "measure.csv").read_text().splitlines()[1] == f"op_0/model.pt2,0,{row['macs_linear']},1,"
     extra = {"metadata.json": ""}
     torch.export.load(tmp_path / "out" / "op_0" / "model.pt2", extra_files=extra)
     found, row = json.loads(extra["metadata.json"]), index["sizes"][0]

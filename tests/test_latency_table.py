@@ -32,9 +32,8 @@ def filled(path: Path, rows: dict[object, object], batch_size: int = 1, of: Call
     """A measure.csv with these rows, op code -> milliseconds."""
     write_measure(path, [(f"op_{code}/model.onnx", code, of(int(code))) for code in rows], batch_size)
     lines = path.read_text().splitlines()
-    assert lines[0] == "file,op_code,macs_linear,batch_size,milliseconds" and all(
-        line.endswith(",") for line in lines[1:]
-    )
+    assert lines[0] == "file,op_code,macs_linear,batch_size,milliseconds"
+    assert all(line.endswith(f",{batch_size},") for line in lines[1:])
     path.write_text("\n".join([lines[0], *(f"{line}{ms}" for line, ms in zip(lines[1:], rows.values(), strict=True))]))
     return path
 
@@ -43,6 +42,7 @@ def test_sizes_between_the_rows_are_interpolated(tmp_path: Path, capsys: pytest.
     path = filled(tmp_path / "measure.csv", {0: 10, 2: 6, 4: 1}, batch_size=2)
     path.write_text(path.read_text(), encoding="utf-8-sig")  # as spreadsheets write it
     found = LatencyTable(path, TABLE, macs)
+    assert found.batch_size == 2
     assert [found.of(code) for code in range(5)] == pytest.approx([0.010, 0.008, 0.006, 0.0035, 0.001])
     assert found.where == f"2 images, as {tmp_path / 'measure.csv'} says" and capsys.readouterr().out == ""
 
@@ -90,7 +90,10 @@ def test_times_of_several_batch_sizes_are_one_line(batches: tuple[str, str], tmp
         LatencyTable(path, TABLE, macs)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"a,b\n1,2\n", b"op_code,milliseconds\n1\n"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"op_code,milliseconds\n" + b"9" * 5000 + b",1\n", b"\xff\xfe", b"a,b\n1,2\n", b"op_code,milliseconds\n1\n"],
+)
 def test_a_file_that_is_no_table_is_one_line(content: bytes, tmp_path: Path):
     (tmp_path / "measure.csv").write_bytes(content)
     with pytest.raises(UserError, match=r"measure\.csv"):

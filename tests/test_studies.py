@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import PLAIN, SHAPE, batches, encoder_files, random_backbone, random_data, relative
 
@@ -363,5 +364,14 @@ def test_a_linear_probe_is_a_classifier_of_the_same_encoder(contracted: Path, tm
     run_entry_point(truncation.main, *words, "--draws", 0, "--parts", "cost", "--output-dir", tmp_path)
     content = json.loads((tmp_path / "truncation_probe.json").read_text())
     assert content["whole"][0]["top1"] > 30 and len(content["rows"]) == 9
-    with pytest.raises(UserError, match=r"has a head of 10 classes: give an encoder"):
-        run_entry_point(linear_probe.main, *words[:-2], "--output", tmp_path / "other.safetensors")
+    (tmp_path / "photos").mkdir()
+    for index in range(4):
+        Image.new("L", (8, 8), index).save(tmp_path / "photos" / f"{index}.png")
+    photos = ["--data-set", "images", "--data-path", tmp_path / "photos"]
+    for more, says in (
+        (["--output", tmp_path / "other.safetensors"], r"has a head of 10 classes: give an encoder"),
+        (["--output", tmp_path / "other.pth"], r"other\.pth is not a \.safetensors file"),
+        ([*photos, "--output", tmp_path / "other.safetensors"], r"has no labels, which a linear probe needs"),
+    ):
+        with pytest.raises(UserError, match=says):
+            run_entry_point(linear_probe.main, *words[:-2], *more)

@@ -32,6 +32,7 @@ from utils import UserError
 
 LOADING = ["--workers", "0", "--batch-size", "32", "--device", "cpu"]
 PHOTOS = 150
+BEST = ("--method", "best", "--mask-table", "--dropout-ratio", 0.875)
 
 
 @pytest.fixture(scope="module")
@@ -144,18 +145,7 @@ def test_a_classifier_without_labels(
 def contracted(encoder: list[str], photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The encoder as a super-network."""
     folder = tmp_path_factory.mktemp("contracted")
-    run(
-        "reparam.py",
-        *unlabelled(photos),
-        *encoder,
-        "--method",
-        "best",
-        "--mask-table",
-        "--dropout-ratio",
-        0.875,
-        "--output-dir",
-        folder,
-    )
+    run("reparam.py", *unlabelled(photos), *encoder, *BEST, "--output-dir", folder)
     return folder
 
 
@@ -167,18 +157,7 @@ def test_an_encoder_without_labels(
     encoder: list[str], contracted: Path, photos: Path, tmp_path: Path, no_labels: None, capsys: pytest.CaptureFixture
 ):
     again = tmp_path / "again"
-    run(
-        "reparam.py",
-        *unlabelled(photos),
-        *encoder,
-        "--method",
-        "best",
-        "--mask-table",
-        "--dropout-ratio",
-        0.875,
-        "--output-dir",
-        again,
-    )
+    run("reparam.py", *unlabelled(photos), *encoder, *BEST, "--output-dir", again)
     facts = json.loads((again / "contracted.json").read_text())
     assert facts == json.loads((contracted / "contracted.json").read_text())
     assert (facts["cost"], facts["target"], facts["model_kwargs"]["num_classes"]) == ("signs", "tokens", 0)
