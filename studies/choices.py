@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from models.macs import count_macs
+from models.parts import EMBEDDING
 from piad.mask_table import MaskTable
 from piad.progressive import ProgressiveDropout
 from piad.sampling import SCALES, draw_by_scale, draw_op_code
@@ -23,9 +24,10 @@ class Recipe:
     error of the tokens after the last norm).  tokens: main.py's --distillation-tokens.
     compensated: sub-networks are compensated in training.  law: main.py's --op-code-sampling.
     sandwich: each step trains the whole network, the smallest, and one between; there are fewer steps, so that the MACs
-    are the same.  table: "best", the one of the start, or "piad", made from its importance.  growing: the first half of
-    the epochs opens the table bit by bit.  lr: times that of the flags.  passes: the network is contracted and
-    compensated again between them.  freeze: parameters whose names contain one of these words do not move.
+    are the same.  sizes: main.py's --sizes-per-step, for as many steps, so that the MACs grow.  table: "best", the one
+    of the start, or "piad", made from its importance.  growing: the first half of the epochs opens the table bit by
+    bit.  lr: times that of the flags.  passes: the network is contracted and compensated again between them.
+    freeze: parameters whose names contain one of these words do not move.
     weight_decay, ema_decay, mixup, smoothing: as in main.py; None is what the flags say.
     """
 
@@ -36,6 +38,7 @@ class Recipe:
     compensated: bool = True
     law: str = "log-macs"
     sandwich: bool = False
+    sizes: int = 1
     table: str = "best"
     growing: bool = False
     lr: float = 1.0
@@ -63,6 +66,8 @@ RECIPES = {
     "uniform op codes": replace(BASE, law="uniform"),
     "op codes uniform in 1 / MACs": replace(BASE, law="inverse-macs"),
     "three sizes per step": replace(BASE, sandwich=True),
+    "two sizes on each image": replace(BASE, sizes=2),
+    "three sizes on each image": replace(BASE, sizes=3),
     "growing table": replace(BASE, growing=True),
     "PIAD's table": replace(BASE, table="piad"),
     "PIAD's table, growing": replace(BASE, table="piad", growing=True),
@@ -74,6 +79,7 @@ RECIPES = {
     "averaging 0.9": replace(BASE, ema_decay=0.9),
     "averaging 0.998": replace(BASE, ema_decay=0.998),
     "ends frozen": replace(BASE, freeze=ENDS),
+    "embedding frozen": replace(BASE, freeze=EMBEDDING),
     "Mixup 0.2": replace(BASE, mixup=0.2),
     "no smoothing": replace(BASE, smoothing=0.0),
     "two passes": replace(BASE, passes=2),
@@ -116,15 +122,19 @@ class Codes:
     def draw(self, step: int) -> list[dict[str, int]]:
         """The widths that the step trains; none where a sandwich has used the MACs of the steps so far."""
         shares, place = self.shares[self.open], {"seed": self.seed, "epoch": 0, "step": step, "rank": 0}
-        if self.recipe.law == "uniform":
-            code = draw_op_code(len(shares), **place)
-        else:
-            code = draw_by_scale([SCALES[self.recipe.law](share) for share in shares], **place)
-        chosen = [code]
+        chosen = [self.draw_one(shares, place | {"number": number}) for number in range(self.recipe.sizes)]
         if self.recipe.sandwich:
+            code = chosen[0]
             self.used -= shares[code]  # what a step of one sub-network costs
             if self.used > 0:
                 return []
             chosen = [0, code, len(shares) - 1]
             self.used += shares[chosen].sum()
         return [self.table.widths(code) for code in chosen]
+
+    def draw_one(self, shares: np.ndarray, place: dict[str, int]) -> int:
+        """The op code, among those that are open, of one size of a step."""
+        place = place | {"numbers": self.recipe.sizes}
+        if self.recipe.law == "uniform":
+            return draw_op_code(len(shares), **place)
+        return draw_by_scale([SCALES[self.recipe.law](share) for share in shares], **place)

@@ -170,15 +170,21 @@ class Study:
         training.optimizer.zero_grad()
         for widths in drawn:
             set_widths(training.model, widths)
-            tokens = training.model.forward_features(images)
-            logits = training.model.forward_head(tokens)
-            loss = recipe.alpha * distance(recipe, tokens, logits, expected, self.teacher.forward_head(expected))
-            if recipe.tokens:
-                loss = loss + recipe.tokens * mean_distance(self.blocks.take(), expected_blocks, expected_blocks)
-            if recipe.alpha < 1:
-                loss = loss + (1 - recipe.alpha) * training.loss_fn(logits, targets)
+            with training.autocast():
+                loss = self.loss(training, recipe, images, targets, expected)
+                if recipe.tokens:
+                    loss = loss + recipe.tokens * mean_distance(self.blocks.take(), expected_blocks, expected_blocks)
             (loss / len(drawn)).backward()
         training.optimizer.step()
+
+    def loss(self, training: Training, recipe: Recipe, images: Tensor, targets: Tensor, expected: Tensor) -> Tensor:
+        """Of images (B, C, height, width) and targets (B,); expected: the teacher's tokens (B, N, D)."""
+        tokens = training.model.forward_features(images)
+        logits = training.model.forward_head(tokens)
+        loss = recipe.alpha * distance(recipe, tokens, logits, expected, self.teacher.forward_head(expected))
+        if recipe.alpha < 1:
+            loss = loss + (1 - recipe.alpha) * training.loss_fn(logits, targets)
+        return loss
 
     def measure(self, network: Network, model: Backbone) -> dict[str, dict[str, float]]:
         """top1 (percent) and kl (nats) of an elastic model, by share of the MACs."""

@@ -265,6 +265,8 @@ def test_recipes_are_trained_once(labels: bool, contracted: Path, tmp_path: Path
         "with the features",
         "Mixup 0.2",
         "tokens of four blocks, 4",
+        "three sizes on each image",
+        "embedding frozen",
     ]
     epochs = 4 if labels else 2  # with 4, a table grows after the first step
     words = ["--name", "tiny", *DIGITS, "--checkpoint", contracted, "--draws", 0, "--shares", 0.5, 1.0]
