@@ -216,7 +216,7 @@ def train_one_epoch(
         if regime:
             place = {"epoch": epoch, "step": step, "rank": rank}
             sizes = [partial(regime.choose, **place, number=number) for number in range(regime.sizes_per_step)]
-        loss, op_codes = _backward(training, images, targets, sizes)
+        loss, op_codes = backward(training, images, targets, sizes)
         reader.add(step, len(images), op_codes, regime.step_scalars() if regime else {}, loss)
         _update(training, epoch * steps + step)
         bar.set_postfix(loss=f"{losses.avg:.3f}", op_code=op_codes[-1], refresh=False)
@@ -227,7 +227,7 @@ def train_one_epoch(
         training.model.set_grad_checkpointing(False)
 
 
-def _backward(
+def backward(
     training: Training, images: Tensor, targets: Tensor, sizes: list[Callable[[], int]]
 ) -> tuple[Tensor, list[int]]:
     """Gradients of the mean loss over a batch, which goes in parts through the model at each of the sizes.

@@ -18,14 +18,22 @@ def half_widths(model: VisionTransformer) -> dict[str, dict[str, int]]:
     "mixed": every third attention and every fourth MLP is bypassed; 3/4 of the other attentions, and the same number of
     units in every other MLP.
     """
-    uniform, mixed = full_widths(model), full_widths(model)
+    mixed = full_widths(model)
     for key, module in modules_of(model).items():
         if module.kind == "attn":
-            uniform[key] = module.width // 2
             mixed[key] = 0 if module.block % 3 == 1 else module.width * 3 // 4
         elif module.block % 4 == 2:
             mixed[key] = 0
-    return {"uniform": _fit_mlps(model, uniform, 0.5), "mixed": _fit_mlps(model, mixed, 0.5)}
+    return {"uniform": uniform_widths(model, 0.5), "mixed": _fit_mlps(model, mixed, 0.5)}
+
+
+def uniform_widths(model: VisionTransformer, share: float) -> dict[str, int]:
+    """At most this share of the MACs: as much of every attention, and the same number of units in every MLP."""
+    widths = full_widths(model)
+    for key, module in modules_of(model).items():
+        if module.kind == "attn":
+            widths[key] = int(module.width * share)
+    return _fit_mlps(model, widths, share)
 
 
 def _fit_mlps(model: VisionTransformer, widths: dict[str, int], share: float) -> dict[str, int]:

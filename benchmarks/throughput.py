@@ -4,7 +4,8 @@
     python -m benchmarks.throughput --threads 2 --batch-size 8 --repeats 3
 
 Each of WORK is measured in a new process: the step of timm's own model, that of the super-network at all of its MACs
-and at half of them, the latter with a teacher too, and evaluation without gradients. Weights and images are random and
+and at half of them, the latter with a teacher too, that of RECIPE=best (three sizes, a teacher and its tokens), and
+evaluation without gradients. Weights and images are random and
 on the device already, so loading is not in the figures. On a CPU in half precision, no step fuses attention, as in
 main.py. Memory is that of the process beyond the libraries on the CPU, that of the allocator on CUDA: weights,
 gradients, AdamW's moments and activations, at their peak.
@@ -19,6 +20,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
+from torch import Tensor
+from torch.nn import functional as F
 
 from arguments import any_precision
 from benchmarks.common import (
@@ -34,16 +39,21 @@ from benchmarks.common import (
     report,
     reset_peak,
 )
-from benchmarks.sizes import half_widths
+from benchmarks.sizes import half_widths, uniform_widths
 from benchmarks.training import Step, loss_with_teacher
+from engine import backward
 from main_training import use_plain_attention
 from models.backbone import full_widths
-from models.elastic import make_elastic
+from models.elastic import make_elastic, set_widths
+from piad.distillation import Distillation, StudentOutputs, Teacher
 from supernet.timing import time_alternately
+from training import Training
 from utils import run_program, tf32
 
 MODELS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
-WORK = ("timm's step", "step, all MACs", "step, half of the MACs", "the same with a teacher", "evaluation")
+BEST = "step of RECIPE=best"
+WORK = ("timm's step", "step, all MACs", "step, half of the MACs", "the same with a teacher", BEST, "evaluation")
+BEST_SHARES = (0.42, 0.16, 0.1)  # of the MACs: the mean sizes of its draws in 1 / MACs, down to a twelfth
 
 
 def measure(args: argparse.Namespace, model: str, name: str) -> dict[str, Any]:
@@ -75,11 +85,44 @@ def work_of(args: argparse.Namespace, name: str, device: torch.device) -> Callab
         use_plain_attention(model)
     if name == "timm's step":
         return Step(model, batch, device)
+    if name == BEST:
+        return best_step(make_elastic(model), make_model(args, device), batch, amp_of(args))
     loss_fn = None
     if name == "the same with a teacher":
-        loss_fn = loss_with_teacher(make_model(args, device), None if args.amp == torch.float32 else args.amp)
+        loss_fn = loss_with_teacher(make_model(args, device), amp_of(args))
     widths = full_widths(model) if name == "step, all MACs" else half_widths(model)["uniform"]
     return Step(make_elastic(model), batch, device, widths, loss_fn)
+
+
+def amp_of(args: argparse.Namespace) -> torch.dtype | None:
+    """The dtype of autocast, None without it."""
+    return None if args.amp == torch.float32 else args.amp
+
+
+def best_step(
+    model: VisionTransformer, teacher: VisionTransformer, batch: tuple[Tensor, Tensor], amp: torch.dtype | None
+) -> Callable[[], None]:
+    """A step of three sizes of a super-network, half of the loss from the teacher, with its tokens."""
+    images, targets = batch
+    sizes = [partial(set_size, model, uniform_widths(model, share)) for share in BEST_SHARES]
+    distillation = Distillation(Teacher(teacher, "logits", amp, tokens=True), "soft", 0.5, 1.0, tokens=1.0)
+    optimizer = create_optimizer_v2(model.train(), opt="adamw", lr=1e-5, weight_decay=0.05)
+    training = Training(
+        model, optimizer, F.cross_entropy, images.device, 0, amp=amp, distillation=distillation,
+        runner=StudentOutputs(model, "logits", tokens=True),
+    )  # fmt: skip
+
+    def step() -> None:
+        backward(training, images, targets, sizes)
+        optimizer.step()
+
+    return step
+
+
+def set_size(model: VisionTransformer, widths: dict[str, int]) -> int:
+    """Sets the widths of a super-network; returns an op code, which stands for none."""
+    set_widths(model, widths)
+    return 0
 
 
 def main() -> None:
