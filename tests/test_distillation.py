@@ -286,6 +286,29 @@ def test_parts_checkpointing_and_compilation_change_nothing(more: list, road: Ro
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_compiled_network_learns_the_same_from_labels_and_a_teacher(
+    stage: str, road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compiled, of_torch = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda work, **flags: compiled.append(work) or of_torch(work, **flags))
+    start = ["--checkpoint", road.pretrained / "checkpoint_3.pth"]
+    if stage == "finetune":
+        start = ["--checkpoint", road.peelable, "--macs-ratio", 0.6, "--drop-path", 0]
+    words = ["main.py", "--stage", stage, *DIGITS, *TRAIN, *start, *TEACH, "--epochs", 1, "--warmup-epochs", 0]
+    words += ["--mixup", 0, "--cutmix", 0, "--ema-decay", 0, "--opt", "sgd"]
+    run(*words, "--output-dir", tmp_path / "plain")
+    assert not compiled
+    run(*words, "--torchcompile", "eager", "--output-dir", tmp_path / "compiled")
+    assert len(compiled) == 2  # the teacher and what it teaches
+    plain, found = (load_checkpoint(tmp_path / name / "checkpoint_0.pth")["model"] for name in ("plain", "compiled"))
+    assert plain.keys() == found.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    line = lines_of(tmp_path / "compiled")[-1]
+    assert "top1" in line and math.isfinite(line["train_loss"])
+
+
 def test_another_network_teaches_pre_training(road: Road, tmp_path: Path):
     """A network that starts from random weights learns from labels and another's top-1, and comes nearer to it."""
     words = ["main.py", "--stage", "pretrain", *COMMON, *TRAIN, "--epochs", 2, "--warmup-epochs", 0]
