@@ -218,8 +218,8 @@ def train_one_epoch(
             sizes = [partial(regime.choose, **place, number=number) for number in range(regime.sizes_per_step)]
         loss, op_codes = backward(training, images, targets, sizes)
         reader.add(step, len(images), op_codes, regime.step_scalars() if regime else {}, loss)
-        _update(training, epoch * steps + step)
-        bar.set_postfix(loss=f"{losses.avg:.3f}", op_code=op_codes[-1], refresh=False)
+        update(training, epoch * steps + step)
+        bar.set_postfix(loss=f"{losses.avg:.3f}", op_code="/".join(map(str, op_codes)), refresh=False)
         if after_step:
             after_step(step, reader.read)
     reader.read()
@@ -251,7 +251,7 @@ def backward(
     return torch.stack(losses).sum(), op_codes[: len(sizes)]
 
 
-def _update(training: Training, step: int) -> None:
+def update(training: Training, step: int) -> None:
     """Gradient clipping, optimizer step and moving average; step: counted from the start of the run."""
     scaler, optimizer = training.scaler, training.optimizer
     if training.clip_grad:

@@ -43,14 +43,17 @@ class Evaluator:
         training: Batches | None = None,
         whole: Backbone | None = None,
         amp: torch.dtype | None = None,
+        whole_amp: torch.dtype | None = None,
     ):
         """batches: this process's share of the images, the same at each pass.  labels: whether their labels count.
 
         training: this process's share of the images among which neighbours are searched, with labels; needed with
-        labels for the targets "features" and "tokens".  whole: the whole network, on the device.
+        labels for the targets "features" and "tokens".  whole: the whole network, on the device.  amp, whole_amp:
+        dtypes of autocast, of the models and of the whole network.
         """
         self.target, self.batches, self.device = target, batches, device
-        self.labels, self.training, self.whole, self.amp = labels, training, whole, amp
+        self.labels, self.training, self.whole = labels, training, whole
+        self.amp, self.whole_amp = amp, whole_amp
         self.kept: list[dict[str, Tensor]] = []  # outputs of the whole network, of the first batches
         self.room = KEPT
 
@@ -65,7 +68,7 @@ class Evaluator:
             fidelity = Divergence(self.device) if self.target == "logits" else Cosines(self.device, self.target)
         for number, (images, labels) in enumerate(self.batches):
             images = images.to(self.device, non_blocking=True)
-            found = self._outputs(model, images)
+            found = self._outputs(model, images, self.amp)
             if accuracy:
                 output = found["logits" if self.target == "logits" else "features"]
                 accuracy.update(output, labels.to(self.device, non_blocking=True))
@@ -73,15 +76,15 @@ class Evaluator:
                 fidelity.update(found, self._expected(number, images))
         return {key: value for part in (accuracy, fidelity) if part for key, value in part.finalize().items()}
 
-    def _outputs(self, model: Backbone, images: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
+    def _outputs(self, model: Backbone, images: Tensor, amp: torch.dtype | None) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, dtype=amp, enabled=amp is not None):
             return {name: output.float() for name, output in outputs_of(model, images, self.target).items()}
 
     def _expected(self, number: int, images: Tensor) -> dict[str, Tensor]:
         """The outputs of the whole network for a batch."""
         if number < len(self.kept):
             return {name: output.to(self.device) for name, output in self.kept[number].items()}
-        outputs = self._outputs(self.whole.eval(), images)
+        outputs = self._outputs(self.whole.eval(), images, self.whole_amp)
         size = sum(output.nbytes for output in outputs.values())
         if number == len(self.kept) and size <= self.room:
             self.kept.append({name: output.cpu() for name, output in outputs.items()})
@@ -90,7 +93,10 @@ class Evaluator:
 
     def _neighbours(self, model: Backbone) -> Neighbours:
         """The features of all training images, in the order of the processes."""
-        found = [(self._outputs(model, images.to(self.device))["features"], labels) for images, labels in self.training]
+        found = [
+            (self._outputs(model, images.to(self.device), self.amp)["features"], labels)
+            for images, labels in self.training
+        ]
         features = torch.cat([features for features, _ in found])
         return Neighbours(*gathered(features, torch.cat([labels for _, labels in found]).to(self.device)))
 

@@ -109,7 +109,6 @@ def train_command(args: argparse.Namespace, device: torch.device) -> None:
     if args.stage == "finetune":
         network.grade = grade_of_start(args, whole, network, train_images, state)
         settings["grade"] = network.grade  # saved, and not compared, since it depends on what refitting did
-    teacher = teacher.to(device) if teacher is not None else None
     training = start_training(args, model, model.num_classes, device, teacher, network.target)
     piad = start_piad(args, whole, model, train_images, state) if args.stage == "piad" else None
     if piad:

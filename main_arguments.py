@@ -31,6 +31,9 @@ RECIPES = {
     "piad": {"epochs": 300, "lr": 5e-4, "min_lr": 1e-5, "warmup_epochs": 0, "drop_path": 0.0, "ema_decay": 0.99996},
     "finetune": {"epochs": 30, "lr": 5e-5, "min_lr": 1e-6, "warmup_epochs": 0, "drop_path": 0.1, "ema_decay": 0.0},
 }
+# Flags that are for stage piad alone, or for a teacher.
+PIAD_ALONE = ("dropout_ratio", "regime", "progressive_epochs", "op_code_sampling", "sizes_per_step", "op_code_per_rank")
+TEACHER_ALONE = ("distillation_alpha", "distillation_tau")
 
 
 def parse_main_arguments() -> argparse.Namespace:
@@ -58,7 +61,22 @@ def parse_main_arguments() -> argparse.Namespace:
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--stage", default="piad")
     parser.set_defaults(**RECIPES.get(first.parse_known_args()[0].stage, {}))
-    return parser.parse_args()
+    args = parser.parse_args()
+    _check_ignored(parser, args)
+    return args
+
+
+def _check_ignored(parser: Parser, args: argparse.Namespace) -> None:
+    """Ends the program where a flag is given that the stage does not use, or that is for a teacher without one."""
+    ignored = {}
+    if args.stage != "piad" and not args.eval:
+        ignored |= dict.fromkeys(PIAD_ALONE, f"is for --stage piad, not {args.stage}: leave it out")
+    if args.distillation_type == "none":
+        ignored |= dict.fromkeys(TEACHER_ALONE, "is for a teacher: give --distillation-type, or leave it out")
+    for name, why in ignored.items():
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} {'' if value is True else f'{value} '}{why}")
 
 
 def _add_super_network_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 import copy
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from torch.utils.data import DataLoader
 import supernet
 from engine import SCORES, evaluate
 from fidelity import Evaluator
-from models.backbone import Backbone
-from models.elastic import make_plain, set_widths
+from models.backbone import Backbone, heads_of
+from models.elastic import make_plain
+from models.extraction import extract
 from models.parts import EMBEDDING
 from models.targets import outputs_of
 from piad.distillation import Distillation, StudentOutputs, Teacher, check_teacher
@@ -31,6 +33,10 @@ from supernet.selection import largest_within
 from training import BothHeads, Training
 from utils import UserError, first_line, say, world
 
+# No buffer changes in training, and the factors of compensation among them are large: they are not sent at each step.
+CONSTANT_BUFFERS = {"broadcast_buffers": False}
+if "forward_sync_buffers" in signature(DistributedDataParallel).parameters:  # its name since PyTorch 2.14
+    CONSTANT_BUFFERS = {"forward_sync_buffers": False}
 # Sizes that PIAD is evaluated at besides the whole network and the smallest, once the table reaches them.
 FIXED_SHARES = {"half": 0.5, "quarter": 0.25}
 Measure = Callable[[Backbone], dict[str, float]]
@@ -43,6 +49,13 @@ def uses_labels(args: argparse.Namespace) -> bool:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that contradict each other."""
+    for name in ("scale", "ratio"):
+        low, high = getattr(args, name)
+        if not 0 < low <= high:
+            raise UserError(f"--{name} {low:g} {high:g}: give two numbers above 0, the larger one last")
+    if args.compile and args.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+        names = ", ".join(known)
+        raise UserError(f"--torchcompile {args.compile} is not a backend of torch.compile; these are: {names}")
     teacher = args.teacher_model or args.teacher_path
     if args.distillation_type == "none" and teacher:
         flag = "--teacher-model" if args.teacher_model else "--teacher-path"
@@ -56,6 +69,8 @@ def check_flags(args: argparse.Namespace) -> None:
             f"--distillation-tokens {args.distillation_tokens:g} needs a teacher: give --teacher-model self or "
             "--teacher-path, with --distillation-type"
         )
+    if args.distillation_type == "hard" and args.distillation_tau != 1:
+        raise UserError(f"--distillation-tau {args.distillation_tau:g} is for --distillation-type soft: leave it out")
     if args.teacher_model == "self" and args.teacher_path:
         raise UserError(f"--teacher-model self is the network itself: leave --teacher-path {args.teacher_path} out")
     if args.stage != "piad":
@@ -102,9 +117,7 @@ def open_teacher(args: argparse.Namespace, whole: Network) -> Backbone | None:
             raise UserError("--teacher-model self: new weights teach nothing: give --checkpoint or --pretrained")
         if args.stage == "finetune":  # it trains a cut, which has its own memory
             return whole.model
-        teacher = copy.deepcopy(whole.model)
-        make_plain(teacher)  # without the factors of compensation, which the whole network does not use
-        return teacher
+        return copy.deepcopy(whole.model)
     if args.teacher_path:
         teacher = supernet.load(args.teacher_path, name=args.teacher_model, plain_weights=True)
     else:
@@ -124,6 +137,11 @@ def check_teaching(args: argparse.Namespace, teacher: Backbone, network: Network
     if args.distillation_type == "hard" and network.target != "logits":
         raise UserError(
             f"--distillation-type hard needs classes, but the target of the network is its {network.target}: give soft"
+        )
+    if args.distillation_tau != 1 and network.target != "logits":
+        raise UserError(
+            f"--distillation-tau {args.distillation_tau:g} is for classes, but the target of the network is its "
+            f"{network.target}: leave it out"
         )
     mend = "give a teacher with as many"
     if args.checkpoint is None and not uses_labels(args):  # new weights, whose number of classes no data set says
@@ -150,13 +168,16 @@ def start_training(
 ) -> Training:
     """Optimizer, loss, Mixup, averaged weights and gradient scaler, as the flags say.
 
-    teacher: on the device, see open_teacher().  target: what the model learns from it.
+    teacher: see open_teacher().  target: what the model learns from it.
     """
     _, processes = world()
     if device.type == "cpu" and args.amp is not None:
         use_plain_attention(model)
     if args.freeze_embedding:
         freeze_embedding(model)
+    if target != "logits":
+        for head in heads_of(model):  # they get no gradient, and DDP would wait for one
+            head.requires_grad_(False)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(memory_format=layout)
     images = args.batch_size * args.grad_accum_steps * processes
@@ -185,6 +206,8 @@ def start_training(
         loss_fn = loss_fn if teacher is not None else BothHeads(loss_fn)
     distillation = None
     if teacher is not None:
+        make_plain(teacher)  # without the factors of compensation, which the whole network does not use
+        teacher.to(device)
         tokens = args.distillation_tokens > 0
         taught = Teacher(teacher, target, args.amp, tokens)
         taught.run = torch.compile(outputs_of, backend=args.compile) if args.compile else outputs_of
@@ -229,7 +252,7 @@ def wrap_runner(args: argparse.Namespace, training: Training) -> None:
     """Makes what a step calls distributed and compiled, as the flags say."""
     if args.distributed:
         device_ids = [training.device] if training.device.type == "cuda" else None
-        training.runner = DistributedDataParallel(training.runner, device_ids=device_ids)
+        training.runner = DistributedDataParallel(training.runner, device_ids=device_ids, **CONSTANT_BUFFERS)
     if args.compile and args.stage != "piad":  # piad runs another network at each step
         training.runner = torch.compile(training.runner, backend=args.compile)
 
@@ -256,7 +279,8 @@ def measure_of(training: Training, val: DataLoader, amp: torch.dtype | None) -> 
     if training.labels:
         return partial(evaluate, batches=val, device=training.device, amp=amp)
     teacher = training.distillation.teacher
-    return Evaluator(teacher.target, val, training.device, labels=False, whole=teacher.model, amp=teacher.amp)
+    amps = {"amp": amp, "whole_amp": teacher.amp}  # the teacher's weights stay in the dtype of training
+    return Evaluator(teacher.target, val, training.device, labels=False, whole=teacher.model, **amps)
 
 
 def evaluate_epoch(training: Training, piad: ProgressiveDropout | None, measure: Measure) -> dict[str, float]:
@@ -279,7 +303,8 @@ def evaluate_piad(piad: ProgressiveDropout, model: Backbone, measure: Measure) -
         if piad.macs_share(-1) <= share:  # the table reaches so far by now
             sizes[name] = largest_within(piad.model, piad.table, {"macs": share * piad.network_macs})
     for name, op_code in sizes.items():
-        set_widths(model, piad.table.widths(op_code))
-        line |= {f"{key}_{name}": value for key, value in measure(model).items()}
+        # Cut, a size is compensated once, and not with each batch.
+        small = extract(model, piad.table.widths(op_code), share_memory=True)
+        line |= {f"{key}_{name}": value for key, value in measure(small).items()}
     scores = [key for key in SCORES if f"{key}_full" in line]
     return line | {key: (line[f"{key}_full"] + line[f"{key}_smallest"]) / 2 for key in scores}

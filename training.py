@@ -154,7 +154,10 @@ class LossReader:
                 )
             self.losses.update(value, images)
             if self.after_loss:
-                self.after_loss(step, {"loss": value, "op_code": op_codes[-1]} | scalars)
+                sizes = {"op_code": op_codes[0]}
+                if len(op_codes) > 1:
+                    sizes = {"op_code_smallest": max(op_codes), "op_code_largest": min(op_codes)}
+                self.after_loss(step, {"loss": value} | sizes | scalars)
 
 
 @contextlib.contextmanager

@@ -71,6 +71,8 @@ def _line_of(error: Exception) -> str | None:
     # A connection is reset if the process dies while it hands over a batch.
     if "DataLoader worker" in str(error) or isinstance(error, ConnectionError):
         return f"a data loading process died, perhaps for lack of memory; try fewer --workers ({first_line(error)})"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile does not run this model here: {first_line(error)}"
     if isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error)):
         return f"rank {world()[0]} stops because another rank has ended, whose message says why"
     return None
@@ -176,6 +178,17 @@ def init_processes(args: argparse.Namespace) -> torch.device:
     if device.index is not None and kind == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """A context in which CUDA multiplies matrices of float32 in float32, within tf32() as well."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager

@@ -4,8 +4,8 @@
     python -m benchmarks.throughput --threads 2 --batch-size 8 --repeats 3
 
 Each of WORK is measured in a new process: the step of timm's own model, that of the super-network at all of its MACs
-and at half of them, the latter with a teacher too, that of RECIPE=best (three sizes, a teacher and its tokens), and
-evaluation without gradients. Weights and images are random and
+and at half of them, the latter with a teacher too, that of RECIPE=best (three compensated sizes, a teacher and its
+tokens), and evaluation without gradients. Weights and images are random and
 on the device already, so loading is not in the figures. On a CPU in half precision, no step fuses attention, as in
 main.py. Memory is that of the process beyond the libraries on the CPU, that of the allocator on CUDA: weights,
 gradients, AdamW's moments and activations, at their peak.
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,16 +40,18 @@ from benchmarks.common import (
     report,
     reset_peak,
 )
+from benchmarks.compensation import contract_and_compensate
 from benchmarks.sizes import half_widths, uniform_widths
 from benchmarks.training import Step, loss_with_teacher
-from engine import backward
-from main_training import use_plain_attention
+from engine import backward, update
+from main_training import freeze_embedding, use_plain_attention
 from models.backbone import full_widths
 from models.elastic import make_elastic, set_widths
 from piad.distillation import Distillation, StudentOutputs, Teacher
 from supernet.timing import time_alternately
 from training import Training
 from utils import run_program, tf32
+from wpac.statistics import collect_statistics
 
 MODELS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
 BEST = "step of RECIPE=best"
@@ -63,6 +66,7 @@ def measure(args: argparse.Namespace, model: str, name: str) -> dict[str, Any]:
     device = torch.device(args.device)
     held = reset_peak(device)
     work = work_of(argparse.Namespace(**{**vars(args), "model": model}), name, device)
+    reset_peak(device)  # what was needed to build it does not count
     amp = torch.autocast(device.type, dtype=args.amp, enabled=args.amp != torch.float32)
 
     def run() -> None:
@@ -86,7 +90,8 @@ def work_of(args: argparse.Namespace, name: str, device: torch.device) -> Callab
     if name == "timm's step":
         return Step(model, batch, device)
     if name == BEST:
-        return best_step(make_elastic(model), make_model(args, device), batch, amp_of(args))
+        contract_and_compensate(model.eval(), collect_statistics(model, [batch], outputs=True))
+        return best_step(make_elastic(model.to(device)), make_model(args, device), batch, amp_of(args))
     loss_fn = None
     if name == "the same with a teacher":
         loss_fn = loss_with_teacher(make_model(args, device), amp_of(args))
@@ -102,19 +107,23 @@ def amp_of(args: argparse.Namespace) -> torch.dtype | None:
 def best_step(
     model: VisionTransformer, teacher: VisionTransformer, batch: tuple[Tensor, Tensor], amp: torch.dtype | None
 ) -> Callable[[], None]:
-    """A step of three sizes of a super-network, half of the loss from the teacher, with its tokens."""
+    """A step of three sizes of a super-network, half of the loss from the teacher, with its tokens.
+
+    Sizes are compensated, the embedding does not move, and the weights are averaged.
+    """
     images, targets = batch
     sizes = [partial(set_size, model, uniform_widths(model, share)) for share in BEST_SHARES]
     distillation = Distillation(Teacher(teacher, "logits", amp, tokens=True), "soft", 0.5, 1.0, tokens=1.0)
-    optimizer = create_optimizer_v2(model.train(), opt="adamw", lr=1e-5, weight_decay=0.05)
+    freeze_embedding(model.train())
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-5, weight_decay=0.05)
     training = Training(
         model, optimizer, F.cross_entropy, images.device, 0, amp=amp, distillation=distillation,
-        runner=StudentOutputs(model, "logits", tokens=True),
+        runner=StudentOutputs(model, "logits", tokens=True), ema=ModelEmaV3(model, decay=0.998),
     )  # fmt: skip
 
     def step() -> None:
         backward(training, images, targets, sizes)
-        optimizer.step()
+        update(training, 0)
 
     return step
 

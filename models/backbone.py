@@ -229,6 +229,12 @@ def last_layer(block: nn.Module, kind: str) -> nn.Linear:
     return block.attn.proj if kind == "attn" else block.mlp.fc2
 
 
+def heads_of(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The classifier heads: one, which a model without a head has as an nn.Identity, or the two of a distilled DeiT."""
+    head = model.get_classifier()
+    return head if isinstance(head, tuple) else (head,)
+
+
 def full_widths(model: nn.Module) -> dict[str, int]:
     """The widths of the model as it is: of a backbone, the full widths."""
     return {key: module.width for key, module in modules_of(model).items()}

@@ -8,7 +8,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
-from .backbone import Backbone, Module, check_widths, modules_of, value_layer
+from .backbone import Backbone, Module, check_widths, heads_of, modules_of, value_layer
 from .subnetwork import blocks_of, branch_parameters, first_layers
 
 CONVENTIONS = ("linear", "full")
@@ -65,9 +65,7 @@ def count_macs(model: Backbone, widths: dict[str, int] | None = None, convention
     if widths is not None:
         check_widths(model, widths)
     macs = model.patch_embed.num_patches * math.prod(model.patch_embed.proj.weight.shape)
-    heads = [model.get_classifier()]
-    heads = heads[0] if isinstance(heads[0], tuple) else heads
-    macs += sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))
+    macs += sum(head.weight.numel() for head in heads_of(model) if isinstance(head, nn.Linear))
     macs += _merging_macs(model) + _pooling_macs(model, convention)
     for key, module in modules_of(model).items():
         macs += module_macs(module, module.width if widths is None else widths[key], convention)

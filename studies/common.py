@@ -23,6 +23,7 @@ from files import write_text
 from models.backbone import modules_of
 from models.macs import count_macs
 from supernet import Network
+from utils import UserError
 
 RESULTS = ROOT / "docs" / "results"
 Batches = list[tuple[Tensor, Tensor]]
@@ -155,6 +156,15 @@ def zero_dims(model: VisionTransformer, qk: float = 1.0, v: float = 1.0) -> Visi
                 rows[:2, :, int(module.width * qk) :] = 0
                 rows[2, :, int(module.width * v) :] = 0
     return model
+
+
+def refuse_flags(settings: argparse.Namespace, defaults: dict[str, Any]) -> None:
+    """Raises UserError for flags of main.py that a study does not follow. defaults: their names and default values."""
+    for name, default in defaults.items():
+        value = getattr(settings, name)
+        if value != default:
+            flag = f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
+            raise UserError(f"{flag} is not followed by this study: leave it out")
 
 
 def add_study_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -40,12 +40,18 @@ from studies.common import (
     mean_and_range,
     model_and_data_flags,
     parse_training_arguments,
+    refuse_flags,
     run_entry_point,
 )
 from supernet import Network
 from supernet.contraction import contract_network
 from training import Training
 from utils import init_processes, progress_bar, run_program, seed_everything
+
+# Flags of main.py that its training does not follow, and their defaults; a recipe stands for some of them.
+NOT_FOLLOWED: dict[str, Any] = {"clip_grad": None, "grad_accum_steps": 1, "grad_checkpointing": False, "compile": None}
+NOT_FOLLOWED |= {"sched_on_updates": False, "warmup_epochs": 0, "channels_last": False, "distillation_type": "none"}
+NOT_FOLLOWED |= {"sizes_per_step": 1, "op_code_sampling": "uniform", "freeze_embedding": False, "regime": "piad"}
 
 
 class Study:
@@ -58,6 +64,7 @@ class Study:
         self.args, self.device = args, init_processes(args)
         words = [*model_and_data_flags(args), "--epochs", args.epochs, *flags]
         self.settings = run_entry_point(parse_main_arguments, *words)
+        refuse_flags(self.settings, NOT_FOLLOWED)
         self.images, val = open_splits(args.data_set, args.data_path, index=args.index)
         self.start = self.open(compensated=False)
         self.teacher = self.start.model.eval().requires_grad_(False)

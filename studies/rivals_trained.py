@@ -37,6 +37,7 @@ from studies.common import (
     mean_and_range,
     model_and_data_flags,
     parse_training_arguments,
+    refuse_flags,
     run_entry_point,
 )
 from studies.plots import plot_rivals_trained
@@ -128,10 +129,7 @@ def settings_of(args: argparse.Namespace, flags: list[str]) -> argparse.Namespac
     words = [*model_and_data_flags(args), "--epochs", args.epochs, "--dropout-ratio", args.dropout_ratio]
     words += [*shlex.split(TEACHER), args.alpha, *flags]
     settings = run_entry_point(parse_main_arguments, *words)
-    given = [name for name, default in NOT_FOR_ALL.items() if getattr(settings, name) != default]
-    if given:
-        flag = f"--{given[0].replace('_', '-')}"
-        raise UserError(f"{flag} {getattr(settings, given[0])} does not work for all of these ways: leave it out")
+    refuse_flags(settings, NOT_FOR_ALL)
     if args.epochs < 2:
         raise UserError("--epochs 1: some ways train in two parts, so give 2 or more")
     if args.alpha >= 1:

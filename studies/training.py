@@ -6,7 +6,7 @@ All start from the same pre-trained checkpoint. WAYS:
     untrained              cut from what reparam.py --method best writes, with compensation
     refitted               the same, refitted by least squares on the proxy images, one size at a time
     paper                  PIAD on the paper's contraction, for all of the epochs
-    best                   RECIPE=best: the whole network teaches, with labels, for all of the epochs
+    best                   RECIPE=best, as for the digits: the whole network teaches, with labels, for all of the epochs
     best, no labels        the same without labels
     one size               each size alone, refitted, then trained like `best` for all of the epochs
     one size, no labels    the same without labels
@@ -132,7 +132,7 @@ class Study:
         found = {}
         for part in self.args.shares:
             output = folder / f"{part:.3g}"
-            recipe = ["--stage", "finetune", "--macs-ratio", part, "--refit", *self.teacher(way)]
+            recipe = ["--stage", "finetune", "--macs-ratio", part, "--refit", "--drop-path", 0, *self.teacher(way)]
             self.train(recipe, seed, contracted, output)
             found[f"{part:.3g}"] = self.top1(supernet.load(output).model)
         return found

@@ -45,7 +45,8 @@ def watched_fit(self: Run, epochs: int) -> None:
 
     def stepped(*args: Any, **kwargs: Any) -> Any:
         steps[-1]["before"] = {name: value.detach().clone() for name, value in model.named_parameters()}
-        steps[-1]["gradients"] = {name: value.grad.clone() for name, value in model.named_parameters()}
+        trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+        steps[-1]["gradients"] = {name: value.grad.clone() for name, value in trained}
         return step(*args, **kwargs)
 
     if self.regime:

@@ -201,6 +201,22 @@ SIZES = [
     case("fine-tuning at two sizes", (*FINETUNE, "--op-code", "0", "1"), "one size"),
 ]  # fmt: skip
 
+IGNORED = [
+    case("crops of no area", (*PRETRAIN, *MODEL, "--scale", "0", "0"), "--scale 0 0: give two numbers above 0"),
+    case("aspect ratios of zero", (*PRETRAIN, *MODEL, "--ratio", "0", "1"), "--ratio 0 1: give two numbers above 0"),
+    case("the larger share first", (*PRETRAIN, *MODEL, "--scale", "0.9", "0.5"), "--scale 0.9 0.5", "larger one last"),
+    case("a compiler that is not known", (*PRETRAIN, *MODEL, "--torchcompile", "fast"), "--torchcompile fast is not",
+         "inductor"),
+    case("several sizes of a size", (*FINETUNE, "--op-code", "0", "--sizes-per-step", "2"),
+         "--sizes-per-step 2 is for --stage piad, not finetune"),
+    case("op codes before there are any", (*PRETRAIN, *MODEL, "--op-code-per-rank"),
+         "--op-code-per-rank is for --stage piad, not pretrain"),
+    case("a teacher's share without a teacher", (*TRAIN_PIAD, "--distillation-alpha", "1"),
+         "--distillation-alpha 1.0 is for a teacher: give --distillation-type"),
+    case("a temperature of a class", (*TRAIN_PIAD, "--teacher-model", "self", "--distillation-type", "hard",
+         "--distillation-tau", "2"), "--distillation-tau 2 is for --distillation-type soft"),
+]  # fmt: skip
+
 PLACES = [
     *(case(f"CUDA that is not there: {command[0]}", (*command, "--device", "cuda"), "--device cuda", "--device cpu")
       for command in (EVAL, REPARAM)),
@@ -246,7 +262,7 @@ FOLDERS = [
     ),
 ]
 
-CASES = [*MODELS, *CHECKPOINTS, *DATA, *TABLES, *SIZES, *PLACES, *FOLDERS]
+CASES = [*MODELS, *CHECKPOINTS, *DATA, *TABLES, *SIZES, *IGNORED, *PLACES, *FOLDERS]
 
 
 class Touch:

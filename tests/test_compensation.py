@@ -19,7 +19,7 @@ from models.elastic import make_elastic, set_widths
 from models.extraction import extract
 from studies.centring import centre_values
 from supernet.facts import stamp_of
-from utils import UserError
+from utils import UserError, tf32
 from wpac.allocation import dim_errors
 from wpac.bases import elimination_order, score_bases, square_roots, value_basis
 from wpac.compensation import (
@@ -300,6 +300,22 @@ def test_cut_columns_have_a_gradient_through_compensation(data):
     half = model.blocks[0].mlp.fc2.in_features // 2
     assert model.blocks[0].mlp.fc2.weight.grad[:, half:].abs().max() > 0
     assert model.blocks[0].mlp.fc1.weight.grad[half:].abs().max() == 0
+
+
+def test_products_are_exact_where_training_is_in_tf32(data, monkeypatch):
+    found, solve = [], torch.linalg.solve_triangular
+
+    def noted(*words, **more) -> Tensor:
+        found.append(torch.get_float32_matmul_precision())
+        return solve(*words, **more)
+
+    monkeypatch.setattr(torch.linalg, "solve_triangular", noted)
+    model = make_elastic(contracted()[0])
+    set_widths(model, {key: width // 2 for key, width in full_widths(model).items()})
+    with tf32():
+        model(data[0])
+        assert torch.get_float32_matmul_precision() == "high"
+    assert found and {*found} == {"highest"} and torch.get_float32_matmul_precision() == "highest"
 
 
 def test_compensation_reduces_the_error_at_every_share():

@@ -84,8 +84,13 @@ def pair(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def taught(road: Road) -> list[str]:
-    """Labels and a teacher, in parts, at op codes that all ranks share."""
-    return [*PIAD, "--checkpoint", str(road.peelable), "--progressive-epochs", "0", "--op-code-sampling", "log-macs",
+    """RECIPE=best, in parts: labels, a teacher and its tokens, compensated sizes that all ranks share."""
+    best = road.pretrained.parent / "best"
+    if not best.exists():
+        run("reparam.py", *COMMON, *PROXY, "--method", "best", "--mask-table", "--no-eval", "--checkpoint",
+            road.pretrained / "checkpoint_3.pth", "--output-dir", best)  # fmt: skip
+    return [*PIAD, "--checkpoint", str(best), "--distillation-tokens", "1", "--freeze-embedding",
+            "--progressive-epochs", "0", "--op-code-sampling", "inverse-macs",
             "--teacher-model", "self", "--distillation-type", "soft", "--grad-accum-steps", "2", "--epochs", "1",
             "--sizes-per-step", "2", "--mixup", "0", "--cutmix", "0", "--ema-decay", "0", "--opt", "sgd"]  # fmt: skip
 

@@ -287,7 +287,7 @@ def test_the_program_measures_every_way(tmp_path: Path, monkeypatch: pytest.Monk
     [
         (["--epochs", 1], "--epochs 1: some ways train in two parts, so give 2 or more"),
         (["--epochs", 2, "--alpha", 1], "--alpha 1: some ways learn from labels alone"),
-        (["--epochs", 2, "--", "--freeze-embedding"], "--freeze-embedding True does not work for all of these ways"),
+        (["--epochs", 2, "--", "--freeze-embedding"], "--freeze-embedding is not followed by this study"),
     ],
 )
 def test_what_not_every_way_can_follow_is_one_line(flags: list, said: str, tmp_path: Path):

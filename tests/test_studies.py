@@ -259,7 +259,7 @@ def test_recipes_are_trained_once(labels: bool, contracted: Path, tmp_path: Path
     names = [
         "base",
         "cut",
-        "three sizes per step",
+        "whole, smallest and one between",
         "PIAD's table, growing",
         "two passes",
         "with the features",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from files import atomic_file, load_checkpoint
 from models.backbone import Backbone, Module, blocks_of, last_layer, modules_of
-from utils import UserError, reduce_sum
+from utils import UserError, exact_float32, reduce_sum
 
 COMPENSATION = "compensation.safetensors"
 DAMPING = 1e-2  # share of the mean variance added to the diagonal of S; studies/contraction.py measures others
@@ -135,15 +135,16 @@ class Compensation(nn.Module):
     def forward(self, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Weight (D, n), with its inputs in cut order, and bias (D,) to weight (D, k) and bias (D,).
 
-        Computed in float64, or in training, where that would take too long, in float32 at least; returned in the
-        dtypes of weight and bias. k = n returns the layer unchanged.
+        Computed in float64, or in training, where that would take too long, in float32 at least (on CUDA, gradients
+        are in TF32 where the other ones are); returned in the dtypes of weight and bias. k = n returns the layer
+        unchanged.
         """
         if k == weight.shape[1]:
             return weight, bias
         training = torch.is_grad_enabled() and weight.requires_grad
         dtype = torch.promote_types(weight.dtype, torch.float32) if training else torch.float64
         W, mean, lower = weight.to(dtype), self.mean.to(dtype), self.lower.to(dtype)
-        with torch.autocast(weight.device.type, enabled=False):
+        with torch.autocast(weight.device.type, enabled=False), exact_float32():
             update = torch.linalg.solve_triangular(lower[:k, :k], W[:, k:] @ lower[k:, :k], upper=False, left=False)
             kept = W[:, :k] + update
             return kept.to(weight.dtype), (bias.to(dtype) + W @ mean - kept @ mean[:k]).to(bias.dtype)
