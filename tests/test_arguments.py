@@ -18,6 +18,7 @@ import main
 import main_training
 import reparam
 from main_arguments import parse_main_arguments
+from models.elastic import Elastic, make_elastic
 
 PARSERS = {"main.py": parse_main_arguments, "reparam.py": reparam.parse_arguments}
 
@@ -125,6 +126,19 @@ def test_half_precision_on_a_cpu_trains_without_fused_attention(
     training = main.start_training(parsed(monkeypatch, *flags), tiny_digits_model(), 10, torch.device("cpu"))
     blocks = [*training.model.blocks, *training.ema.module.blocks]
     assert {block.attn.fused_attn for block in blocks} == {fused}
+
+
+def test_a_head_that_learns_nothing_is_not_trained(monkeypatch: pytest.MonkeyPatch):
+    """DDP would wait for its gradient. The teacher is left without what the whole network does not use."""
+    args = parsed(monkeypatch, "--teacher-model", "self", "--distillation-type", "soft", "--distillation-alpha", "1")
+    teacher = make_elastic(tiny_digits_model())
+    training = main.start_training(args, tiny_digits_model(), 10, torch.device("cpu"), teacher, "features")
+    fixed = {name for name, parameter in training.model.named_parameters() if not parameter.requires_grad}
+    assert fixed == {"head.weight", "head.bias"}
+    found = training.runner(torch.randn(2, 1, 16, 16))
+    training.distillation(None, found, training.expected(torch.randn(2, 1, 16, 16)), None).backward()
+    assert all(parameter.grad is not None for parameter in training.model.parameters() if parameter.requires_grad)
+    assert not isinstance(training.distillation.teacher.model.blocks[0], Elastic)
 
 
 def test_augmentation_flags_reach_the_loader(monkeypatch: pytest.MonkeyPatch):

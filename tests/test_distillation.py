@@ -296,7 +296,7 @@ def test_a_compiled_network_learns_the_same_from_labels_and_a_teacher(
     if stage == "finetune":
         start = ["--checkpoint", road.peelable, "--macs-ratio", 0.6, "--drop-path", 0]
     words = ["main.py", "--stage", stage, *DIGITS, *TRAIN, *start, *TEACH, "--epochs", 1, "--warmup-epochs", 0]
-    words += ["--mixup", 0, "--cutmix", 0, "--ema-decay", 0, "--opt", "sgd"]
+    words += ["--mixup", 0, "--cutmix", 0, "--ema-decay", 0, "--opt", "sgd", "--distillation-tokens", 1]
     run(*words, "--output-dir", tmp_path / "plain")
     assert not compiled
     run(*words, "--torchcompile", "eager", "--output-dir", tmp_path / "compiled")
