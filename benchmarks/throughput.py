@@ -129,7 +129,7 @@ def best_step(
 
 
 def set_size(model: VisionTransformer, widths: dict[str, int]) -> int:
-    """Sets the widths of a super-network; returns an op code, which stands for none."""
+    """Sets the widths of a super-network; returns 0 in place of an op code, which nothing uses here."""
     set_widths(model, widths)
     return 0
 
