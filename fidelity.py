@@ -48,12 +48,12 @@ class Evaluator:
         """batches: this process's share of the images, the same at each pass.  labels: whether their labels count.
 
         training: this process's share of the images among which neighbours are searched, with labels; needed with
-        labels for the targets "features" and "tokens".  whole: the whole network, on the device.  amp, whole_amp:
-        dtypes of autocast, of the models and of the whole network.
+        labels for the targets "features" and "tokens".  whole: the whole network, on the device.  amp: dtype of
+        autocast.  whole_amp: that of the whole network, where it differs.
         """
         self.target, self.batches, self.device = target, batches, device
         self.labels, self.training, self.whole = labels, training, whole
-        self.amp, self.whole_amp = amp, whole_amp
+        self.amp, self.whole_amp = amp, amp if whole_amp is None else whole_amp
         self.kept: list[dict[str, Tensor]] = []  # outputs of the whole network, of the first batches
         self.room = KEPT
 

@@ -46,7 +46,7 @@ from studies.common import (
 from supernet import Network
 from supernet.contraction import contract_network
 from training import Training
-from utils import init_processes, progress_bar, run_program, seed_everything
+from utils import UserError, init_processes, progress_bar, run_program, seed_everything
 
 # Flags of main.py that its training does not follow, and their defaults; a recipe stands for some of them.
 NOT_FOLLOWED: dict[str, Any] = {"clip_grad": None, "grad_accum_steps": 1, "grad_checkpointing": False, "compile": None}
@@ -65,6 +65,8 @@ class Study:
         words = [*model_and_data_flags(args), "--epochs", args.epochs, *flags]
         self.settings = run_entry_point(parse_main_arguments, *words)
         refuse_flags(self.settings, NOT_FOLLOWED)
+        if self.settings.amp == torch.float16:
+            raise UserError("--amp float16 needs a gradient scaler, which this study does not have: give bfloat16")
         self.images, val = open_splits(args.data_set, args.data_path, index=args.index)
         self.start = self.open(compensated=False)
         self.teacher = self.start.model.eval().requires_grad_(False)

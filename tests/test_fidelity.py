@@ -29,6 +29,13 @@ def evaluator(target: str, images: Tensor, whole: torch.nn.Module, size: int = 3
     return Evaluator(target, data, CPU, labels=False, whole=whole, **more)
 
 
+def test_the_whole_network_runs_in_the_precision_of_the_models_unless_told():
+    """Otherwise the rounding of half precision would count as a difference."""
+    whole, images = random_backbone(dtype=torch.float32).eval(), random_data(6, dtype=torch.float32)[0]
+    assert evaluator("logits", images, whole, amp=torch.bfloat16)(whole)["kl"] == pytest.approx(0, abs=1e-12)
+    assert evaluator("logits", images, whole, whole_amp=torch.bfloat16)(whole)["kl"] > 1e-9
+
+
 def cosine(a: Tensor, b: Tensor) -> float:
     return (a @ b / (a @ a).sqrt() / (b @ b).sqrt()).item()
 
