@@ -7,7 +7,7 @@ for Vision Models, ECCV 2024. Both rank by group Taylor importance here. Needs t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from models.macs import count_macs
 from models.targets import COSTS, output_of
 from utils import UserError
 
-STEPS = 64  # of the ratio that is searched
+STEPS = 256  # of the ratio that is searched
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Recipe:
     """What is pruned, each at the same ratio.
 
     bottleneck: only what is inside of the branches; otherwise the embedding as well.  isomorphic: units and dims are
-    ranked over all blocks, and so are whole heads, which leave at the ratio, and dims of the heads at half of it;
-    otherwise each layer loses the same ratio, and of attention only dims.
+    ranked over all blocks, and so are whole heads, which leave at the ratio, and dims of the heads at half of it; each
+    block keeps at least one unit and one head. Otherwise each layer loses the same ratio, and of attention only dims.
     """
 
     bottleneck: bool = False
@@ -46,7 +46,7 @@ def prune(base: VisionTransformer, batches: Iterable[tuple[Tensor, Tensor]], max
 def prune_within(
     base: VisionTransformer, gradients: list[Tensor | None], example: Tensor, max_macs: float, recipe: Recipe
 ) -> VisionTransformer | None:
-    """Prunes a copy at the smallest ratio within max_macs, in steps of 1/64; None where no ratio is.
+    """Prunes a copy at the smallest ratio within max_macs, in steps of 1 / STEPS; None where no ratio is.
 
     gradients: see gradients_of().  example: an image (1, C, height, width).
     """
@@ -83,17 +83,20 @@ def pruned(
     model = copy.deepcopy(base).eval()
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         parameter.grad = gradient
-    attentions = [block.attn for block in model.blocks]
+    attentions, importance = [block.attn for block in model.blocks], torch_pruning.importance.GroupTaylorImportance()
     ignored = [model.head, *(layer for block in model.blocks for layer in (block.attn.proj, block.mlp.fc2))]
     more: dict[str, Any] = {}
     if recipe.isomorphic:
         layers = tuple(attn.qkv for attn in attentions)
         more = {"global_pruning": True, "isomorphic": True, "pruning_ratio_dict": {layers: ratio / 2}}
-        more |= {"prune_num_heads": True, "head_pruning_ratio": ratio}
+        heads = sum(attn.num_heads for attn in attentions)
+        most = (heads - len(attentions) - 0.5) / heads  # the package rounds up: each block keeps one
+        more |= {"prune_num_heads": True, "head_pruning_ratio": min(ratio, most)}
+        importance = keeping_one(importance)
     pruner = torch_pruning.pruner.BasePruner(
         model,
         example,
-        importance=torch_pruning.importance.GroupTaylorImportance(),
+        importance=importance,
         pruning_ratio=ratio,
         ignored_layers=ignored if recipe.bottleneck else ignored[:1],
         num_heads={attn.qkv: attn.num_heads for attn in attentions},
@@ -102,10 +105,25 @@ def pruned(
     for group in pruner.step(interactive=True):
         group.prune()
     for attn in attentions:
-        attn.num_heads = pruner.num_heads[attn.qkv] or attn.num_heads  # 0: all heads should leave, so none did
+        attn.num_heads = pruner.num_heads[attn.qkv]
         attn.head_dim = attn.qkv.out_features // (3 * attn.num_heads)
         attn.attn_dim = attn.num_heads * attn.head_dim
         attn.scale = attn.head_dim**-0.5
     model.embed_dim = model.num_features = model.pos_embed.shape[-1]
     model.zero_grad(set_to_none=True)
     return model
+
+
+def keeping_one(importance: Callable[[Any], Tensor | None]) -> Callable[[Any], Tensor | None]:
+    """The importance of a group of layers, but infinite for the group's most important part.
+
+    Without this, the package prunes nothing of a group that should lose all of its parts.
+    """
+
+    def scores_of(group: Any) -> Tensor | None:
+        scores = importance(group)
+        if scores is not None:
+            scores[scores.argmax()] = float("inf")
+        return scores
+
+    return scores_of

@@ -213,13 +213,13 @@ def plot_rivals_trained(
 ) -> None:
     """Plots top-1 (percent) against the share of MACs: networks of many sizes left, one size at a time right.
 
-    lines: the name of a way, whether its sizes train alone, and the rows of its seeds, see studies/rivals_trained.py.
+    lines: the name of a method, whether its sizes train alone, and the rows of its seeds, see studies/rivals_trained.py.
     """
     figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
-    for style, (way, one_size, rows) in enumerate(lines):
+    for style, (method, one_size, rows) in enumerate(lines):
         parts = [part for part, share in rows[0]["macs_share"].items() if share is not None]
         x, y = ([sum(row[name][part] for row in rows) / len(rows) for part in parts] for name in ("macs_share", "top1"))
-        panels[int(one_size)].plot([100 * share for share in x], y, label=way, **_one_of_many(style))
+        panels[int(one_size)].plot([100 * share for share in x], y, label=method, **_one_of_many(style))
     for axes, name in zip(panels, ("one network for all sizes", "one size at a time"), strict=True):
         axes.axhline(whole["top1"], color="black", linewidth=0.8, linestyle=":")
         axes.set(xlabel="MACs, % of the whole network's", title=name)

@@ -32,6 +32,7 @@ from utils import init_processes, progress_bar, run_program
 
 SIZES = ("0.125", "0.25", "0.5", "0.75", "mlp50", "mlp61+qk60", "mlp92+qk88", "mlp35+heads20")
 MEASURES = {"classifier": ("top1", "kl"), "encoder": tuple(encoders.SCORES)}
+NOT_DRAWN = ("random", "magnitude", "SnapViT, not corrected", "CORP, statistics of the whole network")
 FORMATS = {"top1": ".1f", "kl": ".4f", "features": ".3f", "patch": ".3f", "iou": ".3f"}
 
 
@@ -111,9 +112,10 @@ def markdown(results: dict[str, Any]) -> str:
             same = [row for row in own if row["method"] == method]
             if same:
                 cells = [_cell([row for row in same if row["size"] == size], measures) for size in sizes]
-                spent = _mean([row["seconds_to_prepare"] + row["seconds_to_cut"] for row in same if row["macs_share"]])
+                spent = [row["seconds_to_prepare"] + row["seconds_to_cut"] for row in same if row["macs_share"]]
+                seconds = f"{_mean(spent):.0f}" if spent else ""
                 draws = len({row["draw"] for row in same})
-                lines.append(f"| {method} | {draws} | {spent:.0f} | " + " | ".join(cells) + " |")
+                lines.append(f"| {method} | {draws} | {seconds} | " + " | ".join(cells) + " |")
     return "\n".join(lines).strip()
 
 
@@ -123,21 +125,31 @@ def measures_of(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _cell(rows: list[dict[str, Any]], measures: list[str]) -> str:
+    """The mean of each measure; and the share of the MACs, where it is far from what was asked for."""
     rows = [row for row in rows if row["macs_share"]]
-    return ", ".join(f"{_mean([row[key] for row in rows]):{FORMATS[key]}}" for key in measures) if rows else ""
+    if not rows:
+        return ""
+    means = ", ".join(f"{_mean([row[key] for row in rows]):{FORMATS[key]}}" for key in measures)
+    return means + off_size(rows[0]["size"], _mean([row["macs_share"] for row in rows]))
+
+
+def off_size(size: str, macs_share: float) -> str:
+    """ " at 0.107", the share of the MACs, where it is more than 5 % off the size that was asked for; otherwise ""."""
+    asked = Size.parse(size).macs
+    return f" at {macs_share:.3f}" if asked and abs(macs_share / asked - 1) > 0.05 else ""
 
 
 def _mean(values: list[float]) -> float:
-    return sum(values) / max(len(values), 1)
+    return sum(values) / len(values)
 
 
 def draw_rivals(results: dict[str, Any], path: Path, title: str) -> None:
-    """Draws what was measured at shares of the MACs, from the rows of the most images."""
+    """Draws what was measured at shares of the MACs, from the rows of the most images, without NOT_DRAWN."""
     rows = [row for row in results["rows"] if row["macs_share"] and Size.parse(row["size"]).macs is not None]
     if not rows:
         return
     most = max((row["fit"], row["report"]) for row in rows)
-    rows = [row for row in rows if (row["fit"], row["report"]) == most]
+    rows = [row for row in rows if (row["fit"], row["report"]) == most and row["method"] not in NOT_DRAWN]
     measures = measures_of(rows)
     rows.sort(key=lambda row: list(METHODS).index(row["method"]))
     whole = next((row for row in results.get("whole", []) if row["images"] == most[1]), None)

@@ -71,7 +71,7 @@ def idle_share(model: VisionTransformer, share: float) -> float | None:
         units = sum(block.mlp.fc2.in_features - active_units(block.mlp, idle) for block in model.blocks)
         return macs_without(model, units=units) + (matrices if idle else 0)
 
-    return smallest_cut(macs, share * count_macs(model)) if share < 1 else 0.0
+    return smallest_cut(macs, share * count_macs(model))
 
 
 def active_units(mlp: Mlp, idle: float) -> int:
@@ -199,7 +199,7 @@ def pruned(gated_model: Gated, share: float) -> VisionTransformer | None:
         gone = {kind: above[kind].numel() - int(counts.sum()) for kind, counts in kept(removed).items()}
         return macs_without(model, **gone)
 
-    removed = smallest_cut(macs, share * whole) if share < 1 else 0.0
+    removed = smallest_cut(macs, share * whole)
     return None if removed is None else without_parts(model, above, kept(removed))
 
 

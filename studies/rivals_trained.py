@@ -1,18 +1,20 @@
-"""Compression with training: ways of other papers beside this project's, on the same checkpoint and images.
+"""Compression with training: methods of other papers beside this project's, on the same checkpoint and images.
 
     python -m studies.rivals_trained --name digits --data-set digits --checkpoint FILE --epochs 100 \
         --lrs 0.004 0.008 0.016 -- FLAGS
 
-Each of studies.rivals_ways.WAYS gives networks at --shares of the MACs: one network that is trained for all sizes, or
-one size at a time. All start from the same pre-trained checkpoint and train on the same images, each for all of the
-epochs. Where a way is taught, the whole network before training gives --alpha of the loss, by its prediction. A step
-of Scala trains four sizes on its images, a step of every other way one.
-First, each way trains with seed 0 at each of --lrs on nine tenths of the training images; the learning rate with the
-best mean top-1 on the others is taken, for sizes that train alone for each size. (The checkpoint has been trained on
-all of these images, so this choice favours rates that change it little.) Then each way trains on all of them with
-each seed of --draws, and top-1 (percent) of the averaged weights is measured on val/. FLAGS are those of main.py
-(augmentation, averaging). Writes docs/results/rivals_trained_NAME.json after each training, skips those that are
-already there, and draws a .png beside it.
+Each of studies.rivals_trained_methods.METHODS gives networks at --shares of the MACs: one network that is trained for
+all sizes, or one size at a time. All start from the same pre-trained checkpoint and train on the same images, each for
+all of the epochs. Where a method has a teacher, it is the whole network before training, and the divergence from its
+prediction has the weight --alpha in the loss. A step of Scala trains four sizes on its images, a step of every other
+method one.
+First, each method trains with seed 0 at each of --lrs on nine tenths of the training images; the learning rate with the
+best mean top-1 on the others is taken, for sizes that train alone for each size. If it is the highest or the lowest of
+all, its double or its half is tried as well, and so on. (The checkpoint has been trained on all of these images, so
+this choice favours rates that change it little.) Then each method trains on all of them with each seed of --draws, and
+top-1 (percent) of the averaged weights is measured on val/. FLAGS are those of main.py (augmentation, averaging).
+Writes docs/results/rivals_trained_NAME.json after each training, skips those that are already there, and draws a .png
+beside it.
 """
 
 from __future__ import annotations
@@ -41,21 +43,23 @@ from studies.common import (
     run_entry_point,
 )
 from studies.plots import plot_rivals_trained
+from studies.rivals import off_size
 from studies.rivals_cut import check_plain
 from studies.rivals_task import macs_of
-from studies.rivals_ways import WAYS
+from studies.rivals_trained_methods import METHODS
 from utils import UserError, init_processes, progress_bar, run_program
 
-# Flags of main.py that some of the ways cannot follow, and their defaults.
+# Flags of main.py that some of the methods cannot follow, and their defaults.
 NOT_FOR_ALL = {"freeze_embedding": False, "distillation_tokens": 0.0, "grad_checkpointing": False, "drop_path": 0.0}
 NOT_FOR_ALL |= {"grad_accum_steps": 1, "sizes_per_step": 1, "compile": None}
 TEACHER = "--teacher-model self --distillation-type soft --distillation-alpha"
 SIZES = 12  # the number of sizes whose training is counted
+MORE_RATES = 4  # learning rates tried beyond --lrs, at most
 HELD_OUT = 10  # one image in so many is not trained on while learning rates are compared
 
 
 class Study:
-    """Trains and measures the ways one after another."""
+    """Trains and measures the methods one after another."""
 
     def __init__(self, args: argparse.Namespace, flags: list[str]):
         self.args, self.device = args, init_processes(args)
@@ -74,29 +78,28 @@ class Study:
         loader = eval_loader(images or self.val, self.network.preprocessing, batch_size=256, workers=0)
         return evaluate(model.to(self.device).eval(), loader, self.device)["top1"]
 
-    def rates(self, way: str) -> dict[float, float]:
+    def rates(self, method: str) -> dict[float, float]:
         """Share of the MACs -> the learning rate with the best top-1 on held-out training images.
 
         Where one network is trained for all sizes, it is the one with the best mean top-1.
         """
-        if not WAYS[way].trains:
+        if not METHODS[method].trains:
             return dict.fromkeys(self.args.shares, 0.0)
-        rates = self.args.lrs
-        if len(rates) == 1:
-            return dict.fromkeys(self.args.shares, rates[0])
-        held_out = range(0, len(self.images), HELD_OUT)
+        shares, untried, found = self.args.shares, list(self.args.lrs), {}
+        if len(untried) == 1:
+            return dict.fromkeys(shares, untried[0])
         rest = self.images.subset([index for index in range(len(self.images)) if index % HELD_OUT])
-        held_out_images, found = self.images.subset(held_out), {}
-        for lr in rates:
-            row = self.run(way, 0, dict.fromkeys(self.args.shares, lr), rest, held_out_images)
-            found[lr] = {part: row["top1"][f"{part:.3g}"] or 0.0 for part in self.args.shares}
-        if not WAYS[way].one_size:
-            best = max(rates, key=lambda lr: sum(found[lr].values()))
-            return dict.fromkeys(self.args.shares, best)
-        return {part: max(rates, key=lambda lr, part=part: found[lr][part]) for part in self.args.shares}
+        held_out_images = self.images.subset(range(0, len(self.images), HELD_OUT))
+        while untried:
+            for lr in untried:
+                row = self.run(method, 0, dict.fromkeys(shares, lr), rest, held_out_images)
+                top1 = {part: row["top1"][f"{part:.3g}"] or 0.0 for part in shares}
+                found[lr] = top1 if METHODS[method].one_size else dict.fromkeys(shares, sum(top1.values()))
+            untried = beyond(found) if len(found) < len(self.args.lrs) + MORE_RATES else []
+        return {part: max(found, key=lambda lr, part=part: (found[lr][part], -lr)) for part in shares}
 
     def run(
-        self, way: str, seed: int, rates: dict[float, float], images: Images, val: Images | None = None
+        self, method: str, seed: int, rates: dict[float, float], images: Images, val: Images | None = None
     ) -> dict[str, Any]:
         """Returns the result of a training. If the results file has it already, nothing is trained.
 
@@ -104,7 +107,7 @@ class Study:
         """
         measured_on = "val" if val is None else "held-out training images"
         named = {f"{part:.3g}": lr for part, lr in rates.items()}
-        key = {"way": way, "seed": seed, "lr": named, "measured on": measured_on, **self.setup}
+        key = {"method": method, "seed": seed, "lr": named, "measured on": measured_on, **self.setup}
         known = self.results.rows("rows", **key)
         if known:
             return known[0]
@@ -113,7 +116,7 @@ class Study:
             settings = argparse.Namespace(**{**vars(self.settings), "seed": seed, "lr": lr})
             budget, start = Budget(self.network, images, settings, self.device), time.perf_counter()
             parts = [part for part in rates if rates[part] == lr]
-            found = WAYS[way].run(budget, parts)
+            found = METHODS[method].run(budget, parts)
             seconds += time.perf_counter() - start
             trained = budget.images_for_all_sizes + SIZES * budget.images_for_each_size
             for part in parts:
@@ -124,39 +127,57 @@ class Study:
         return self.results.content["rows"][-1]
 
 
+def beyond(found: dict[float, dict[float, float]]) -> list[float]:
+    """Twice the highest learning rate, if it is better than all others for a share of the MACs; half of the lowest too.
+
+    found: learning rate -> share -> top-1.
+    """
+    low, high = min(found), max(found)
+
+    def leads(rate: float) -> bool:
+        others = [top1 for lr, top1 in found.items() if lr != rate]
+        return any(all(value > top1[part] for top1 in others) for part, value in found[rate].items())
+
+    return [2 * high] * leads(high) + [low / 2] * leads(low)
+
+
 def settings_of(args: argparse.Namespace, flags: list[str]) -> argparse.Namespace:
-    """The arguments of main.py for a training. Raises UserError for flags that some of the ways cannot follow."""
+    """The arguments of main.py for a training. Raises UserError for flags that some of the methods cannot follow."""
     words = [*model_and_data_flags(args), "--epochs", args.epochs, "--dropout-ratio", args.dropout_ratio]
     words += [*shlex.split(TEACHER), args.alpha, *flags]
     settings = run_entry_point(parse_main_arguments, *words)
     refuse_flags(settings, NOT_FOR_ALL)
     if args.epochs < 2:
-        raise UserError("--epochs 1: some ways train in two parts, so give 2 or more")
+        raise UserError("--epochs 1: some methods train in two parts, so give 2 or more")
     if args.alpha >= 1:
-        raise UserError(f"--alpha {args.alpha:g}: some ways learn from labels alone, so give less than 1")
+        raise UserError(f"--alpha {args.alpha:g}: some methods learn from labels alone, so give less than 1")
     return settings
 
 
 def final_rows(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Way -> the rows to show, one per seed: measured on val/, with the flags and learning rates of the newest row."""
+    """Method -> its rows, one per seed: measured on val/, with the flags and learning rates of the newest row."""
     rows = [row for row in results["rows"] if row["measured on"] == "val"]
     setup = {name: rows[-1][name] for name in ("epochs", "alpha", "dropout_ratio", "flags")} if rows else {}
     rows = [row for row in rows if all(row[name] == value for name, value in setup.items())]
-    last = {row["way"]: row["lr"] for row in rows}
-    return {way: [row for row in rows if row["way"] == way and row["lr"] == last[way]] for way in WAYS if way in last}
+    last = {row["method"]: row["lr"] for row in rows}
+    return {
+        method: [row for row in rows if row["method"] == method and row["lr"] == last[method]]
+        for method in METHODS
+        if method in last
+    }
 
 
 def markdown(results: dict[str, Any]) -> str:
     """A table: mean top-1 over the seeds with its range, and the images that SIZES sizes are trained on."""
-    ways = final_rows(results)
-    first = next(iter(ways.values()))[0]
+    methods = final_rows(results)
+    first = next(iter(methods.values()))[0]
     parts = list(first["top1"])
     head = [f"{first['epochs']} epochs", "seeds", "learning rate", *(f"{part} of the MACs" for part in parts)]
     head.append(f"images trained on for {SIZES} sizes")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for way, rows in ways.items():
+    for method, rows in methods.items():
         rates = [f"{lr:g}" for lr in dict.fromkeys(rows[0]["lr"].values()) if lr]
-        cells = [way, str(len(rows)), ", ".join(rates), *(_cell(rows, part) for part in parts)]
+        cells = [method, str(len(rows)), ", ".join(rates), *(_cell(rows, part) for part in parts)]
         lines.append(f"| {' | '.join(cells)} | {rows[0]['images']:,} |")
     return "\n".join(lines)
 
@@ -166,16 +187,18 @@ def _cell(rows: list[dict[str, Any]], part: str) -> str:
     values, macs_share = [row["top1"][part] for row in rows], rows[0]["macs_share"][part]
     if None in values:
         return ""
-    off = abs(macs_share / float(part) - 1) > 0.05
-    return mean_and_range(values) + (f" at {macs_share:.3f}" if off else "")
+    return mean_and_range(values) + off_size(part, macs_share)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME", help="default: all")
+    everything = list(METHODS)
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=everything, metavar="NAME", help="default: all"
+    )
     shares = [1 / 8, 1 / 4, 1 / 2, 1.0]
     parser.add_argument("--shares", nargs="+", type=share, default=shares, metavar="X", help="of the MACs")
-    help_text = "learning rates per 512 images, of which each way gets the best"
+    help_text = "learning rates per 512 images, of which each method gets the best"
     parser.add_argument("--lrs", nargs="+", type=decimal, required=True, metavar="X", help=help_text)
     parser.add_argument("--alpha", type=share, default=0.5, metavar="X", help="the teacher's share of the loss")
     return parse_training_arguments(parser)
@@ -184,14 +207,14 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 def main() -> None:
     args, flags = parse_arguments()
     study = Study(args, flags)
-    for way in progress_bar(args.ways, "ways"):
-        rates = study.rates(way)
-        for seed in args.draws if WAYS[way].trains else args.draws[:1]:
-            study.run(way, seed, rates, study.images)
+    for method in progress_bar(args.methods, "methods"):
+        rates = study.rates(method)
+        for seed in args.draws if METHODS[method].trains else args.draws[:1]:
+            study.run(method, seed, rates, study.images)
     results = study.results
     results.log()
     print(markdown(results.content))
-    lines = [(way, WAYS[way].one_size, rows) for way, rows in final_rows(results.content).items()]
+    lines = [(method, METHODS[method].one_size, rows) for method, rows in final_rows(results.content).items()]
     plot_rivals_trained(lines, results.content["whole"], results.path.with_suffix(".png"), args.name.replace("_", " "))
     print(json.dumps({"file": results.path.name, "rows": len(results.rows("rows"))}))
 

@@ -1,4 +1,4 @@
-"""The ways (methods) that studies.rivals_trained compares.
+"""The methods that studies.rivals_trained compares.
 
 Each takes a budget and returns a network for each share of the MACs. "Taught" means that the whole network before
 training is the teacher.
@@ -28,16 +28,18 @@ from studies.dependency_pruning import Recipe, gradients_of, prune_within
 from studies.rivals_depth import Albert, DepthRule, Shared, SharedDepth, Tleg, Wave
 from studies.rivals_methods import copied, widths_within
 from studies.rivals_one_size import Gated, Thresholds, folded, idle_share, pruned, shares_of, with_idle
+from studies.rivals_task import Size, Task
+from studies.rivals_vbp import vbp
 from studies.rivals_widths import Ladder, ScalaRule, matformer_sizes, mixed_sizes, uniform_sizes
 from supernet import Network
 from supernet.contraction import contract_network
 from wpac.refit import refit
 
-Found = dict[float, nn.Module | None]  # share of the MACs -> a plain network, None if the way cannot make that size
+Found = dict[float, nn.Module | None]  # share of the MACs -> a plain network, None if the method cannot make that size
 
 
 @dataclass(frozen=True)
-class Way:
+class Method:
     """run: trains networks for shares of the MACs.  one_size: whether it trains each size by itself.
 
     trains: whether it trains at all.
@@ -72,16 +74,16 @@ def best(budget: Budget, shares: list[float]) -> Found:
     return sizes_of(budget, network, rule_of(budget, network, table=network.table, sampling="inverse-macs"), shares)
 
 
-def scala(budget: Budget, shares: list[float]) -> Found:
-    """Scala's rule on the paper's contraction; the whole network is taught."""
-    network = contracted(budget, "paper")
+def scala(contraction: str, budget: Budget, shares: list[float]) -> Found:
+    """Scala's rule on a contracted network ("paper" or "best"); the whole network is taught."""
+    network = contracted(budget, contraction)
     rule = rule_of(budget, network, ScalaRule, table=uniform_sizes(network.model, min(shares)), sizes_per_step=4)
     return sizes_of(budget, network, rule, shares, training=Ladder)
 
 
-def matformer(budget: Budget, shares: list[float]) -> Found:
-    """MatFormer's rule on the paper's contraction, taught; sizes between the trained ones are mixed."""
-    network = contracted(budget, "paper")
+def matformer(contraction: str, budget: Budget, shares: list[float]) -> Found:
+    """MatFormer's rule on a contracted network, taught; sizes between the trained ones are mixed."""
+    network = contracted(budget, contraction)
     rule = rule_of(budget, network, table=matformer_sizes(network.model))
     return sizes_of(budget, network, rule, shares, table=mixed_sizes(network.model))
 
@@ -131,11 +133,19 @@ def torch_pruning(recipe: Recipe, budget: Budget, shares: list[float]) -> Found:
     batches = budget.proxy()
     gradients = gradients_of(budget.model, batches, "ce", "logits")
     found: Found = {}
-    for share in shares:
-        limit, example = share * count_macs(budget.model), batches[0][0][:1]
-        small = copy.deepcopy(budget.model)
-        if share < 1:
-            small = prune_within(budget.model, gradients, example, limit, recipe)
+    for share in smaller(shares):
+        small = prune_within(budget.model, gradients, batches[0][0][:1], share * count_macs(budget.model), recipe)
+        found[share] = None if small is None else budget.train(small)
+    budget.spend(for_each_size=budget.epochs)
+    return found
+
+
+def variance_based(budget: Budget, shares: list[float]) -> Found:
+    """VBP, then trained alone, taught."""
+    cut = vbp(Task(budget.network, budget.proxy()))
+    found: Found = {}
+    for share in smaller(shares):
+        small = cut(Size(macs=share))
         found[share] = None if small is None else budget.train(small)
     budget.spend(for_each_size=budget.epochs)
     return found
@@ -146,7 +156,7 @@ def wdpruning(budget: Budget, shares: list[float]) -> Found:
     importance = taylor_of_parts(budget)
     found: Found = {}
     first = budget.epochs // 2
-    for share in shares:
+    for share in smaller(shares):
         model = Gated(copy.deepcopy(budget.model), importance)
         fields = {"share": share, "shares": shares_of(budget.model)}
         learned = budget.train(model, training=Thresholds, fields=fields, epochs=first)
@@ -160,7 +170,7 @@ def repavit(budget: Budget, shares: list[float]) -> Found:
     """Trains with the least important units idle, in the order of the paper's contraction, then folds them; taught."""
     model = contracted(budget, "paper").model
     found: Found = {}
-    for share in shares:
+    for share in smaller(shares):
         idle = idle_share(model, share)
         if idle is not None:
             found[share] = folded(budget.train(with_idle(copy.deepcopy(model), idle)))
@@ -168,25 +178,33 @@ def repavit(budget: Budget, shares: list[float]) -> Found:
     return found
 
 
-WAYS = {
-    "best, untrained": Way(untrained, trains=False),
-    "PIAD (the paper)": Way(paper),
-    "RECIPE=best": Way(best),
-    "Scala": Way(scala),
-    "MatFormer": Way(matformer),
-    "ALBERT": Way(partial(shared_depth, Albert)),
-    "TLEG": Way(partial(shared_depth, Tleg)),
-    "WAVE": Way(wave),
-    "best, one size": Way(one_size, one_size=True),
-    "Torch-Pruning": Way(partial(torch_pruning, Recipe()), one_size=True),
-    "Isomorphic": Way(partial(torch_pruning, Recipe(isomorphic=True)), one_size=True),
-    "WDPruning": Way(wdpruning, one_size=True),
-    "RePaViT": Way(repavit, one_size=True),
+METHODS = {
+    "best, untrained": Method(untrained, trains=False),
+    "PIAD (the paper)": Method(paper),
+    "RECIPE=best": Method(best),
+    "Scala": Method(partial(scala, "paper")),
+    "Scala, from best": Method(partial(scala, "best")),
+    "MatFormer": Method(partial(matformer, "paper")),
+    "MatFormer, from best": Method(partial(matformer, "best")),
+    "ALBERT": Method(partial(shared_depth, Albert)),
+    "TLEG": Method(partial(shared_depth, Tleg)),
+    "WAVE": Method(wave),
+    "best, one size": Method(one_size, one_size=True),
+    "Torch-Pruning": Method(partial(torch_pruning, Recipe()), one_size=True),
+    "Isomorphic": Method(partial(torch_pruning, Recipe(isomorphic=True)), one_size=True),
+    "VBP": Method(variance_based, one_size=True),
+    "WDPruning": Method(wdpruning, one_size=True),
+    "RePaViT": Method(repavit, one_size=True),
 }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers
+
+
+def smaller(shares: list[float]) -> list[float]:
+    """The shares below 1: a method that prunes one size at a time only trains the whole network on, like the others."""
+    return [share for share in shares if share < 1]
 
 
 def contracted(budget: Budget, method: str) -> Network:
