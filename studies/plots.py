@@ -213,7 +213,7 @@ def plot_rivals_trained(
 ) -> None:
     """Plots top-1 (percent) against the share of MACs: networks of many sizes left, one size at a time right.
 
-    lines: the name of a method, whether its sizes train alone, and the rows of its seeds, see studies/rivals_trained.py.
+    lines: name of a method, whether its sizes train alone, and the rows of its seeds, see studies/rivals_trained.py.
     """
     figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
     for style, (method, one_size, rows) in enumerate(lines):
