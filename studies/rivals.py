@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +145,11 @@ def _mean(values: list[float]) -> float:
 
 
 def draw_rivals(results: dict[str, Any], path: Path, title: str) -> None:
-    """Draws what was measured at shares of the MACs, from the rows of the most images, without NOT_DRAWN."""
+    """Draws what was measured at shares of the MACs, without NOT_DRAWN, on the images that most rows were measured on."""
     rows = [row for row in results["rows"] if row["macs_share"] and Size.parse(row["size"]).macs is not None]
     if not rows:
         return
-    most = max((row["fit"], row["report"]) for row in rows)
+    most = Counter((row["fit"], row["report"]) for row in rows).most_common(1)[0][0]
     rows = [row for row in rows if (row["fit"], row["report"]) == most and row["method"] not in NOT_DRAWN]
     measures = measures_of(rows)
     rows.sort(key=lambda row: list(METHODS).index(row["method"]))

@@ -60,8 +60,8 @@ TABLES = {
 def test_the_tables_match_the_json_files(name: str):
     text = TABLES[name](json.loads((FOLDER / name).read_text()))
     assert len(text.splitlines()) > 5
-    missing = [line for line in text.splitlines() if line not in RESULTS.splitlines()]
-    assert missing == []
+    shown = {part.strip() for part in RESULTS.split("\n\n")}
+    assert [part for part in text.split("\n\n") if part.strip() not in shown] == []  # tables with more rows, too
 
 
 def test_every_result_is_shown():
