@@ -145,7 +145,7 @@ def _mean(values: list[float]) -> float:
 
 
 def draw_rivals(results: dict[str, Any], path: Path, title: str) -> None:
-    """Draws what was measured at shares of the MACs, without NOT_DRAWN, on the images that most rows were measured on."""
+    """Draws the shares of the MACs, without NOT_DRAWN, from the rows of the images on which most was measured."""
     rows = [row for row in results["rows"] if row["macs_share"] and Size.parse(row["size"]).macs is not None]
     if not rows:
         return
