@@ -12,21 +12,26 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
-from tiny import PLAIN, random_backbone, random_data, relative
+from tiny import PLAIN, SHAPE, random_backbone, random_data, relative
 from torch import nn
 from torch.nn import functional as F
 
 from datasets import Images
-from models.backbone import create_backbone
+from models.backbone import create_backbone, full_widths
 from models.elastic import make_elastic, set_widths
 from models.macs import count_macs
+from models.targets import default_cost
 from piad.distillation import Distillation, Teacher
+from piad.mask_table import MaskTable
 from studies import rivals_depth, rivals_trained
 from studies.common import run_entry_point
+from studies.criteria import importance_by
 from studies.rivals_depth import Albert, DepthRule, SharedDepth, Tleg, Wave
 from studies.rivals_one_size import Gated, Thresholds, folded, idle_share, mask_of, pruned, shares_of, with_idle
 from studies.rivals_task import macs_of, macs_without
+from studies.rivals_trained_methods import repavit
 from studies.rivals_widths import Ladder, ScalaRule, matformer_sizes, mixed_sizes, uniform_sizes
+from supernet import Network
 from utils import UserError
 
 IMAGES, LABELS = random_data(4)
@@ -180,6 +185,21 @@ def test_folding_changes_nothing(idle: float):
         active = torch.arange(192) < 192 - int(idle * 192)
         block.mlp.act.forward = lambda x, active=active: torch.where(active, F.gelu(x), x)
     assert relative(model(IMAGES), reference(IMAGES)) < CLOSE
+
+
+def test_the_units_of_least_importance_are_idle():
+    model = random_backbone()
+    network = Network(model, MaskTable([full_widths(model)]), PLAIN, SHAPE, {}, "logits")
+    batches = [(IMAGES, LABELS)]
+    budget = Namespace(network=network, model=model, settings=None, epochs=2)
+    budget.proxy, budget.train, budget.spend = lambda: batches, lambda model: model, lambda **_: None
+    small = repavit(budget, [0.7, 1.0])[0.7]
+    cost = default_cost("logits")  # that of the paper's contraction
+    importance = importance_by("taylor", copy.deepcopy(model), batches, cost)
+    for index, (cut, whole) in enumerate(zip(small.blocks, model.blocks, strict=True)):
+        active = [(whole.mlp.fc1.weight == row).all(1).nonzero().item() for row in cut.mlp.fc1.weight]
+        order = importance[f"{index}.mlp"].argsort(descending=True)
+        assert 0 < len(active) < 192 and set(active) == set(order[: len(active)].tolist())
 
 
 def test_idle_units_are_as_few_as_the_macs_allow():
