@@ -235,7 +235,7 @@ def fitness_of(
 
     whole = outputs(model)
     mean, axes = whole.mean(0), torch.eye(whole.shape[1]).to(whole)
-    if min(whole.shape) >= COMPONENTS:
+    if min(whole.shape) > COMPONENTS:
         axes = torch.linalg.svd(whole - mean, full_matrices=False).Vh[:COMPONENTS].mT
     expected = (whole - mean) @ axes
 
