@@ -6,8 +6,8 @@
 Each of studies.rivals_trained_methods.METHODS gives networks at --shares of the MACs: one network that is trained for
 all sizes, or one size at a time. All start from the same pre-trained checkpoint and train on the same images, each for
 all of the epochs. Where a method has a teacher, it is the whole network before training, and the divergence from its
-prediction has the weight --alpha in the loss. A step of Scala trains four sizes on its images, a step of every other
-method one.
+prediction has the weight --alpha in the loss. A step of Scala trains four sizes on its images, a step of most others
+one.
 First, each method trains with seed 0 at each of --lrs on nine tenths of the training images; the learning rate with the
 best mean top-1 on the others is taken, for sizes that train alone for each size. If it is the highest or the lowest of
 all, its double or its half is tried as well, and so on. (The checkpoint has been trained on all of these images, so

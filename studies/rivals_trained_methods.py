@@ -68,10 +68,11 @@ def paper(budget: Budget, shares: list[float]) -> Found:
     return sizes_of(budget, network, rule, shares, taught=False)
 
 
-def best(budget: Budget, shares: list[float]) -> Found:
-    """The method "best" with its mask table, taught; sizes are drawn uniformly in 1 / MACs."""
+def best(sizes: int, budget: Budget, shares: list[float]) -> Found:
+    """The method "best" with its mask table, taught; each step draws `sizes` sizes uniformly in 1 / MACs."""
     network = contracted(budget, "best")
-    return sizes_of(budget, network, rule_of(budget, network, table=network.table, sampling="inverse-macs"), shares)
+    rule = rule_of(budget, network, table=network.table, sampling="inverse-macs", sizes_per_step=sizes)
+    return sizes_of(budget, network, rule, shares)
 
 
 def scala(contraction: str, budget: Budget, shares: list[float]) -> Found:
@@ -181,7 +182,8 @@ def repavit(budget: Budget, shares: list[float]) -> Found:
 METHODS = {
     "best, untrained": Method(untrained, trains=False),
     "PIAD (the paper)": Method(paper),
-    "RECIPE=best": Method(best),
+    "RECIPE=best": Method(partial(best, 1)),
+    "RECIPE=best, four sizes per step": Method(partial(best, 4)),
     "Scala": Method(partial(scala, "paper")),
     "Scala, from best": Method(partial(scala, "best")),
     "MatFormer": Method(partial(matformer, "paper")),
