@@ -176,7 +176,8 @@ def markdown(results: dict[str, Any]) -> str:
     head.append(f"images trained on for {SIZES} sizes")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for method, rows in methods.items():
-        rates = [f"{lr:g}" for lr in dict.fromkeys(rows[0]["lr"].values()) if lr]
+        made = [lr for part, lr in rows[0]["lr"].items() if lr and rows[0]["top1"][part] is not None]
+        rates = [f"{lr:g}" for lr in dict.fromkeys(made)]
         cells = [method, str(len(rows)), ", ".join(rates), *(_cell(rows, part) for part in parts)]
         lines.append(f"| {' | '.join(cells)} | {rows[0]['images']:,} |")
     return "\n".join(lines)

@@ -25,7 +25,20 @@ from studies import (
 
 RESULTS = "".join((ROOT / "docs" / name).read_text() for name in ("RESULTS.md", "COMPARISON.md"))
 FOLDER = ROOT / "docs" / "results"
+
+
+def quoted(results: dict[str, dict[str, list]]) -> str:
+    """The tables of figures that others gave."""
+    tables = []
+    for table in results.values():
+        rule = ["|---" * len(table["columns"]) + "|"]
+        head, *rows = (f"| {' | '.join(cells)} |" for cells in (table["columns"], *table["rows"]))
+        tables.append("\n".join([head, *rule, *rows]))
+    return "\n\n".join(tables)
+
+
 TABLES = {
+    "quoted.json": quoted,
     "backbones.json": backbones.markdown,
     "contraction_vit_small_cifar10.json": contraction.markdown,
     "contraction_vit_digits.json": contraction.markdown,
