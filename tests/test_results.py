@@ -66,6 +66,7 @@ TABLES = {
     "rivals_vit_small_cifar10.json": rivals.markdown,
     "rivals_saliency_encoder.json": rivals.markdown,
     "rivals_trained_digits.json": rivals_trained.markdown,
+    "rivals_trained_vit_cifar10.json": rivals_trained.markdown,
 }
 
 
