@@ -217,7 +217,7 @@ def plot_rivals_trained(
     """
     figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
     for style, (method, one_size, rows) in enumerate(lines):
-        parts = [part for part, share in rows[0]["macs_share"].items() if share is not None]
+        parts = sorted((part for part, share in rows[0]["macs_share"].items() if share is not None), key=float)
         x, y = ([sum(row[name][part] for row in rows) / len(rows) for part in parts] for name in ("macs_share", "top1"))
         panels[int(one_size)].plot([100 * share for share in x], y, label=method, **_one_of_many(style))
     for axes, name in zip(panels, ("one network for all sizes", "one size at a time"), strict=True):
