@@ -225,7 +225,7 @@ def plot_rivals_trained(
         axes.set(xlabel="MACs, % of the whole network's", title=name)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(edgecolor="none", fontsize=8)
     panels[0].set_ylabel("top-1 accuracy, %")
     figure.suptitle(f"{title}: the same images for each network", fontsize=11)
     save_figure(figure, path)
