@@ -90,7 +90,7 @@ def pruned(
         layers = tuple(attn.qkv for attn in attentions)
         more = {"global_pruning": True, "isomorphic": True, "pruning_ratio_dict": {layers: ratio / 2}}
         heads = sum(attn.num_heads for attn in attentions)
-        most = (heads - len(attentions) - 0.5) / heads  # the package rounds up: each block keeps one
+        most = (heads - len(attentions) - 0.5) / heads  # rounded up by the package, this leaves one head for each block
         more |= {"prune_num_heads": True, "head_pruning_ratio": min(ratio, most)}
         importance = keeping_one(importance)
     pruner = torch_pruning.pruner.BasePruner(

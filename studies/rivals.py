@@ -135,7 +135,10 @@ def _cell(rows: list[dict[str, Any]], measures: list[str]) -> str:
 
 
 def off_size(size: str, macs_share: float) -> str:
-    """ " at 0.107", the share of the MACs, where it is more than 5 % off the size that was asked for; otherwise ""."""
+    """The share of the MACs as a suffix, such as " at 0.107", if it is more than 5 % off the size; otherwise "".
+
+    size: the name of a Size.
+    """
     asked = Size.parse(size).macs
     return f" at {macs_share:.3f}" if asked and abs(macs_share / asked - 1) > 0.05 else ""
 

@@ -205,7 +205,7 @@ METHODS = {
 
 
 def smaller(shares: list[float]) -> list[float]:
-    """The shares below 1: a method that prunes one size at a time only trains the whole network on, like the others."""
+    """The shares below 1. At 1 there is nothing to prune, and all of these methods would train the same network."""
     return [share for share in shares if share < 1]
 
 

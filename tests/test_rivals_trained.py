@@ -225,7 +225,7 @@ def test_a_mask_has_the_gradient_of_the_scores():
     assert scores.grad.tolist() == [10, 20, 30] and threshold.grad.tolist() == [-60]
 
 
-@pytest.mark.parametrize("share", [0.15, 0.5])
+@pytest.mark.parametrize("share", [0.15, 0.5, 1.0])
 def test_what_the_thresholds_leave_is_cut_out(share: float):
     model = Gated(random_backbone(), importance())
     assert relative(model(IMAGES), model.model(IMAGES)) == 0  # all take part at the start
@@ -274,7 +274,7 @@ def watched(study: rivals_trained.Study, seen: list) -> rivals_trained.Study:
     return study
 
 
-def test_the_program_measures_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_program_measures_every_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("torch_pruning")
     start, seen, study = create_backbone(PLAIN, **TINY, num_classes=10).state_dict(), [], rivals_trained.Study
     save_file(start, tmp_path / "plain.safetensors")
@@ -313,7 +313,7 @@ def test_the_program_measures_every_way(tmp_path: Path, monkeypatch: pytest.Monk
         (["--epochs", 2, "--", "--freeze-embedding"], "--freeze-embedding is not followed by this study"),
     ],
 )
-def test_what_not_every_way_can_follow_is_one_line(flags: list, said: str, tmp_path: Path):
+def test_what_not_every_method_can_follow_is_one_line(flags: list, said: str, tmp_path: Path):
     save_file(create_backbone(PLAIN, **TINY, num_classes=10).state_dict(), tmp_path / "plain.safetensors")
     words = ["--name", "tiny", "--data-set", "digits", "--checkpoint", tmp_path / "plain.safetensors", "--crop-pct", 1]
     words += ["--model", PLAIN, "--model-kwargs", *(f"{key}={value}" for key, value in TINY.items())]
